@@ -1,0 +1,247 @@
+# make help lists what there is. Everything that is built lands in build/ and .venv/.
+
+PYTHON ?= python3
+VENV ?= .venv
+PREFIX ?= /usr/local
+LIBDIR ?= $(PREFIX)/lib
+WITH ?=
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+SOVERSION := 0
+
+# nvcc: from PATH, CUDA_HOME, or the virtual environment (from PyPI). The real path, since
+# nvcc finds its parts relative to itself and a symlink to it fails. NVCC= on the command
+# line says: none, take the checked-in PTX.
+NVCC ?= $(firstword $(realpath $(shell command -v nvcc || \
+          ls -d $${CUDA_HOME:-/nonexistent}/bin/nvcc \
+                $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc 2>/dev/null)))
+
+CFLAGS ?= -O2 -g
+WERROR ?= -Werror
+C_FLAGS = -std=c11 -Wall -Wextra $(WERROR) -fPIC -pthread -MMD -MP -Ilibvmm/include $(CFLAGS)
+LIB_FLAGS = $(C_FLAGS) -fvisibility=hidden
+TEST_FLAGS = $(C_FLAGS) -Ilibvmm/src -Itests/c -Itests/sim
+LINK_VMM = -Lbuild -lvmm -Wl,-rpath,$(CURDIR)/build -pthread -ldl -lm
+
+LIB_OBJECTS := $(patsubst libvmm/src/%.c,build/obj/%.o,$(wildcard libvmm/src/*.c))
+C_TESTS := $(patsubst tests/c/%.c,build/tests/c/%,$(wildcard tests/c/test_*.c))
+C_BENCHES := $(patsubst benchmarks/%.c,build/benchmarks/%,$(wildcard benchmarks/bench_*.c))
+SIM_SOURCES := $(wildcard tests/sim/*.c)
+SIM := $(if $(SIM_SOURCES),build/sim/libcuda.so.1)
+C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu tests/*/*.[ch] benchmarks/*.[ch])
+PYX_FILES = $(wildcard pyvmm/*.pyx pyvmm/*.pxd)
+
+VENV_PYTHON := $(VENV)/bin/python
+# One stamp for each requirements file that has been installed.
+have = $(VENV)/.have-$(1)
+
+ifneq ($(shell uname -s),Linux)
+$(error libvmm and pyvmm are built on Linux only; this is $(shell uname -s))
+endif
+
+.DELETE_ON_ERROR:
+.PHONY: all help install venv demo demo-llm test test-inplace test-programs inplace lint format \
+        ptx dist bench-c clean check-cc check-cxx check-python check-venv FORCE
+
+all: build/libvmm.so
+
+help:
+	@echo 'make              build/libvmm.so'
+	@echo 'make install      library, header and vmm.pc; PREFIX=$(PREFIX) LIBDIR= DESTDIR='
+	@echo 'make demo         a virtual environment in $(VENV), a build, and python -m pyvmm demo'
+	@echo 'make demo-llm     the same for a real model (downloads a few hundred MB)'
+	@echo 'make test         all C and Python tests that this machine can run;'
+	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
+	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
+	@echo 'make test-inplace the same, then the tests with that interpreter'
+	@echo 'make lint         clang-format, ruff, cython-lint, mypy, warnings; make format mends'
+	@echo 'make dist         dist/: an sdist, and a wheel that needs no compiler'
+	@echo 'make bench-c      the C benchmarks'
+	@echo 'make ptx          regenerate libvmm/src/append.ptx (needs nvcc 13.0.88)'
+	@echo 'make venv, clean  the virtual environment alone; remove what was built'
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) CC=$(CC) NVCC=PATH or nothing'
+
+# ---- prerequisites ----------------------------------------------------------------
+PREREQUISITES := apt install python3-venv python3-dev gcc g++ make
+need = @$(1) >/dev/null 2>&1 || { echo 'missing: $(2). On Debian and Ubuntu:' >&2; \
+                                  echo '$(PREREQUISITES)' >&2; exit 1; }
+
+check-cc:
+	$(call need,command -v $(firstword $(CC)),the C compiler $(firstword $(CC)))
+check-cxx:
+	$(call need,command -v $(firstword $(CXX)),the C++ compiler $(firstword $(CXX)) (nvcc needs it))
+check-python: check-cc
+	$(call need,command -v $(PYTHON),$(PYTHON))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'pyvmm needs Python 3.10 or newer; choose one with PYTHON=' >&2; exit 1; }
+	$(call need,$(PYTHON) -c 'import sysconfig as s; open(s.get_path("include") + "/Python.h")',\
+	  Python.h of $(PYTHON))
+check-venv: check-python check-cxx
+	$(call need,$(PYTHON) -c 'import venv; import ensurepip',the venv module of $(PYTHON))
+
+# ---- the library ------------------------------------------------------------------
+# The embedded kernels. nvcc sees append.cu and nothing else; without nvcc the image is an
+# empty file. Native code for each architecture that this nvcc knows, and PTX for the rest.
+build/nvcc: FORCE
+	@mkdir -p build; echo '$(NVCC)' | cmp -s - $@ || echo '$(NVCC)' > $@
+
+ARCHS := 80 90 100 120
+build/append.fatbin: libvmm/src/append.cu libvmm/src/append.h build/nvcc
+	@if [ -z '$(NVCC)' ]; then \
+	  echo 'no nvcc: the library carries the checked-in PTX alone, which the driver compiles'; \
+	  : > $@; \
+	else \
+	  command -v g++ >/dev/null || \
+	    { echo 'missing: g++ (nvcc needs it). On Debian and Ubuntu:' >&2; \
+	      echo '$(PREREQUISITES)' >&2; exit 1; }; \
+	  known=$$('$(NVCC)' --list-gpu-arch) || exit 1; \
+	  code='-gencode arch=compute_80,code=compute_80'; \
+	  for arch in $(ARCHS); do case "$$known" in *compute_$$arch*) \
+	    code="$$code -gencode arch=compute_$$arch,code=sm_$$arch";; esac; done; \
+	  echo "$(NVCC) -fatbin $$code -o $@ $<"; \
+	  '$(NVCC)' -fatbin --threads 0 $$code -o $@ $< || \
+	    { echo 'nvcc failed; "make NVCC=" builds with the checked-in PTX instead' >&2; exit 1; }; \
+	fi
+
+# The checked-in PTX: nvcc's for the oldest architecture it knows, declared as the oldest
+# PTX version that has that architecture, so that CUDA 12 drivers and older take it. That
+# lowering is sound because append.cu uses nothing newer; tests/python/test_ptx.py checks
+# that the file is what this makes, and that ptxas takes it.
+build/append.ptx: libvmm/src/append.cu libvmm/src/append.h build/nvcc
+	@[ -n '$(NVCC)' ] || { echo 'nvcc not found' >&2; exit 1; }
+	'$(NVCC)' -ptx -arch=compute_75 -o $@.full $<
+	sed -e '/^\/\//d' -e '/^$$/d' -e 's/^\.version .*/.version 6.3/' $@.full > $@
+
+ptx: build/append.ptx
+	cp $< libvmm/src/append.ptx
+
+build/obj/%.o: libvmm/src/%.c | check-cc
+	@mkdir -p $(@D)
+	$(CC) $(LIB_FLAGS) -c -o $@ $<
+
+build/obj/append_image.o: libvmm/src/append_image.S libvmm/src/append.ptx build/append.fatbin | check-cc
+	@mkdir -p $(@D)
+	$(CC) -DVMM_APPEND_FATBIN='"build/append.fatbin"' \
+	  -DVMM_APPEND_PTX='"libvmm/src/append.ptx"' -c -o $@ $<
+
+build/libvmm.so: $(LIB_OBJECTS) build/obj/append_image.o libvmm/libvmm.map
+	$(CC) $(LDFLAGS) -shared -pthread -o $@ $(filter %.o,$^) -Wl,-soname,libvmm.so.$(SOVERSION) \
+	  -Wl,--version-script=libvmm/libvmm.map -Wl,-z,defs,-z,now,-z,relro,-z,noexecstack \
+	  -Wl,--as-needed -ldl
+	ln -sf libvmm.so build/libvmm.so.$(SOVERSION)
+
+install: build/libvmm.so
+	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(LIBDIR)/pkgconfig
+	install -m 644 libvmm/include/vmm.h $(DESTDIR)$(PREFIX)/include/vmm.h
+	install -m 755 build/libvmm.so $(DESTDIR)$(LIBDIR)/libvmm.so.$(VERSION)
+	ln -sf libvmm.so.$(VERSION) $(DESTDIR)$(LIBDIR)/libvmm.so.$(SOVERSION)
+	ln -sf libvmm.so.$(SOVERSION) $(DESTDIR)$(LIBDIR)/libvmm.so
+	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@VERSION@|$(VERSION)|' \
+	  libvmm/vmm.pc.in > $(DESTDIR)$(LIBDIR)/pkgconfig/vmm.pc
+	@# A library folder that the loader knows needs its cache refreshed; one that it does
+	@# not know needs to be named.
+	@[ -n '$(DESTDIR)' ] || { ldconfig 2>/dev/null; ldconfig -p 2>/dev/null | \
+	  grep -q '$(LIBDIR)/libvmm.so.$(SOVERSION)'; } || \
+	  echo 'programs find the library with: export LD_LIBRARY_PATH=$(LIBDIR)' \
+	       'PKG_CONFIG_PATH=$(LIBDIR)/pkgconfig'
+
+# ---- the virtual environment ------------------------------------------------------
+$(VENV)/pyvenv.cfg: | check-venv
+	$(PYTHON) -m venv $(VENV)
+
+$(call have,%): tests/requirements-%.txt $(VENV)/pyvenv.cfg
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check -q -r $<
+	@touch $@
+
+# CUDA's compiler from PyPI, where there is no other. A machine that cannot have it builds
+# with the PTX, and tries again next time.
+$(call have,nvcc): tests/requirements-nvcc.txt $(VENV)/pyvenv.cfg
+	@if [ -n '$(NVCC)' ] || [ '$(origin NVCC)' != file ]; then :; \
+	else echo 'no nvcc on PATH or in CUDA_HOME: installing it from PyPI (100 MB)'; \
+	  if $(VENV_PYTHON) -m pip install --disable-pip-version-check -q -r $<; then touch $@; \
+	  else echo 'no nvcc from PyPI either'; fi; \
+	fi
+
+venv: $(call have,build) $(call have,nvcc)
+
+# setup.py runs make for the library, and compiles what has changed. The .pth file lets the
+# environment's python find the package from any folder.
+IN_VENV = $(VENV_PYTHON) setup.py -q build_ext --inplace && \
+  echo '$(CURDIR)' > "$$($(VENV_PYTHON) -c 'import sysconfig; \
+  print(sysconfig.get_path("purelib"))')/pyvmm-inplace.pth"
+
+demo: venv
+	@$(IN_VENV)
+	$(VENV_PYTHON) -m pyvmm demo
+
+demo-llm: venv $(call have,llm)
+	@$(IN_VENV)
+	$(VENV_PYTHON) benchmarks/demo_llm.py
+
+# ---- in place, offline ------------------------------------------------------------
+inplace: check-python
+	$(PYTHON) setup.py -q build_ext --inplace
+
+# ---- tests ------------------------------------------------------------------------
+build/tests/c/%: tests/c/%.c build/libvmm.so
+	@mkdir -p $(@D)
+	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
+
+build/sim/libcuda.so.1: $(SIM_SOURCES) $(wildcard tests/sim/*.h libvmm/src/append.h)
+	@mkdir -p $(@D)
+	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -fvisibility=default -shared \
+	  -Wl,-soname,libcuda.so.1,-z,defs -o $@ $(SIM_SOURCES) -pthread -ldl
+
+test-programs: $(C_TESTS) $(SIM)
+
+# What does not compile is a failure that run_tests.py reports with the others. Another make,
+# since setup.py may have installed an nvcc, or built the library, that this one did not see.
+TEST_PROGRAMS = $(MAKE) --no-print-directory --keep-going test-programs || true
+
+test: venv $(call have,test) $(foreach name,$(WITH),$(call have,$(name)))
+	@$(IN_VENV)
+	@$(TEST_PROGRAMS)
+	@$(VENV_PYTHON) tests/run_tests.py
+
+test-inplace: inplace
+	@$(TEST_PROGRAMS)
+	@$(PYTHON) tests/run_tests.py
+
+build/benchmarks/%: benchmarks/%.c build/libvmm.so
+	@mkdir -p $(@D)
+	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
+
+bench-c: $(C_BENCHES)
+	@for bench in $(C_BENCHES); do echo "== $$bench"; $$bench || exit 1; done
+
+-include $(wildcard build/obj/*.d build/tests/c/*.d build/benchmarks/*.d)
+
+# ---- lint -------------------------------------------------------------------------
+# The compile is part of it: -Wall -Wextra -Werror, of everything that is C.
+lint: $(call have,build) $(call have,lint) build/libvmm.so $(C_TESTS) $(SIM) $(C_BENCHES)
+	$(CC) -std=c99 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c libvmm/include/vmm.h
+	$(CXX) -std=c++11 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c++ libvmm/include/vmm.h
+	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint $(PYX_FILES)
+	$(VENV)/bin/mypy
+
+format: $(call have,lint)
+	$(VENV)/bin/clang-format -i $(C_FILES)
+	$(VENV)/bin/ruff check --fix-only
+	$(VENV)/bin/ruff format
+
+# ---- distribution -----------------------------------------------------------------
+# The wheel is built from the sdist, so each proves the other. auditwheel names the oldest
+# glibc that the wheel runs with.
+dist: $(call have,dist)
+	rm -rf dist build/wheel
+	$(VENV_PYTHON) -m build --sdist --wheel --outdir build/wheel .
+	mkdir -p dist
+	mv build/wheel/*.tar.gz dist/
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV_PYTHON) -m auditwheel repair --strip -w dist build/wheel/*.whl
+	@ls -l dist
+
+clean:
+	rm -rf build dist pyvmm.egg-info pyvmm/*.so pyvmm/libvmm.so.$(SOVERSION)

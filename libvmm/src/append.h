@@ -1,0 +1,56 @@
+/* append.h - one copy job, as the host prepares it and the append kernel reads it.
+ *
+ * This is the kernel's ABI: append.cu, the host's own copy and the simulated driver of
+ * the tests all include it. Plain C, no padding that differs between compilers.
+ *
+ * A job copies `count[0] * ... * count[n_outer-1]` runs of `run_bytes` bytes each. Run
+ * (i0, i1, ...) begins at dst + i0*dst_stride[0] + ..., and likewise for src. Dimension 0
+ * is the outermost. Everything of a job is a multiple of `unit_bytes` (1, 2, 4, 8 or 16),
+ * the size of one access.
+ */
+#ifndef VMM_APPEND_H
+#define VMM_APPEND_H
+
+#include <stdint.h>
+
+/* The names in the kernel image. Each takes one parameter by value: a vmm_append_args or
+ * a vmm_append_args_wide. gridDim.y is the number of jobs, blockIdx.y the job's index. */
+#define VMM_APPEND_KERNEL "vmm_append_kernel"
+#define VMM_APPEND_KERNEL_WIDE "vmm_append_kernel_wide"
+#define VMM_APPEND_BLOCK_THREADS 128
+
+/* Three outer dimensions hold every layout of a 4-D cache, so many jobs fit into the 4 KiB
+ * of kernel parameters; eight hold any tensor of VMM_MAX_NDIM dimensions. */
+#define VMM_APPEND_DIMS 3
+#define VMM_APPEND_DIMS_WIDE 8
+#define VMM_APPEND_JOBS 32
+#define VMM_APPEND_JOBS_WIDE 16
+
+#define VMM_APPEND_JOB_FIELDS(dims)                                             \
+    uint64_t dst;                                                               \
+    uint64_t src;                                                               \
+    uint64_t n_units;   /* in the whole job: product of counts * run_units */   \
+    uint64_t run_units; /* run_bytes / unit_bytes */                            \
+    uint32_t unit_bytes;                                                        \
+    uint32_t n_outer;                                                           \
+    uint64_t count[dims];                                                       \
+    int64_t dst_stride[dims];                                                   \
+    int64_t src_stride[dims];
+
+typedef struct vmm_append_job {
+    VMM_APPEND_JOB_FIELDS(VMM_APPEND_DIMS)
+} vmm_append_job;
+
+typedef struct vmm_append_job_wide {
+    VMM_APPEND_JOB_FIELDS(VMM_APPEND_DIMS_WIDE)
+} vmm_append_job_wide;
+
+typedef struct vmm_append_args {
+    vmm_append_job job[VMM_APPEND_JOBS];
+} vmm_append_args;
+
+typedef struct vmm_append_args_wide {
+    vmm_append_job_wide job[VMM_APPEND_JOBS_WIDE];
+} vmm_append_args_wide;
+
+#endif /* VMM_APPEND_H */

@@ -1,0 +1,117 @@
+/* copy.c - planning and running the copy of an append. */
+#include "copy.h"
+
+#include <string.h>
+
+void copy_plan_make(copy_plan *plan, uintptr_t dst, const int64_t *dst_strides,
+                    const int *order, uintptr_t src, const int64_t *src_strides,
+                    const int64_t *shape, int ndim, size_t itemsize) {
+    int n = 0;
+    plan->dst = dst;
+    plan->src = src;
+    for (int i = 0; i < ndim; i++) {
+        int d = order[i];
+        if (shape[d] == 1)
+            continue;
+        int64_t count = shape[d];
+        /* One step of the dimension before equals all of this one, on both sides: merge. */
+        if (n > 0 && plan->dst_stride[n - 1] == count * dst_strides[d] &&
+            plan->src_stride[n - 1] == count * src_strides[d]) {
+            n--;
+            count *= (int64_t)plan->count[n];
+        }
+        plan->count[n] = (size_t)count;
+        plan->dst_stride[n] = dst_strides[d];
+        plan->src_stride[n] = src_strides[d];
+        n++;
+    }
+    plan->run_bytes = itemsize;
+    if (n > 0 && plan->dst_stride[n - 1] == (int64_t)itemsize &&
+        plan->src_stride[n - 1] == (int64_t)itemsize)
+        plan->run_bytes *= plan->count[--n];
+    plan->n_outer = n;
+}
+
+/* Step through the first `n` outer dimensions. False when all have been visited. */
+static bool next_run(const copy_plan *plan, int n, size_t *index, uintptr_t *dst,
+                     uintptr_t *src) {
+    for (int i = n - 1; i >= 0; i--) {
+        *dst += (uintptr_t)plan->dst_stride[i];
+        *src += (uintptr_t)plan->src_stride[i];
+        if (++index[i] < plan->count[i])
+            return true;
+        *dst -= (uintptr_t)plan->dst_stride[i] * plan->count[i];
+        *src -= (uintptr_t)plan->src_stride[i] * plan->count[i];
+        index[i] = 0;
+    }
+    return false;
+}
+
+void copy_plan_run(const copy_plan *plan) {
+    size_t index[VMM_MAX_NDIM] = {0};
+    uintptr_t dst = plan->dst, src = plan->src;
+    do
+        memcpy((void *)dst, (const void *)src, plan->run_bytes);
+    while (next_run(plan, plan->n_outer, index, &dst, &src));
+}
+
+vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tensor_calls,
+                          vmm_stream stream) {
+    size_t index[VMM_MAX_NDIM] = {0};
+    uintptr_t dst = plan->dst, src = plan->src;
+    size_t height = 1, dst_pitch = plan->run_bytes, src_pitch = plan->run_bytes;
+    int n = plan->n_outer;
+    /* The innermost outer dimension goes as the rows of a 2-D copy, if its strides can be
+     * pitches: not smaller than a row, and within the 2 GiB that CUDA allows. */
+    if (n > 0 && plan->src_stride[n - 1] >= (int64_t)plan->run_bytes &&
+        plan->src_stride[n - 1] <= INT32_MAX && plan->dst_stride[n - 1] <= INT32_MAX) {
+        n--;
+        height = plan->count[n];
+        dst_pitch = (size_t)plan->dst_stride[n];
+        src_pitch = (size_t)plan->src_stride[n];
+    }
+    do {
+        vmm_status status = DRIVER(pool, tensor_calls, copy, dst, dst_pitch, (const void *)src,
+                                   src_pitch, plan->run_bytes, height, stream);
+        if (status)
+            return status;
+    } while (next_run(plan, n, index, &dst, &src));
+    return VMM_OK;
+}
+
+bool copy_plan_is_wide(const copy_plan *plan) {
+    return plan->n_outer > VMM_APPEND_DIMS;
+}
+
+/* The largest access that divides everything. */
+static uint32_t unit_bytes(const copy_plan *plan) {
+    uint64_t all = plan->dst | plan->src | plan->run_bytes | 16;
+    for (int i = 0; i < plan->n_outer; i++)
+        all |= (uint64_t)plan->dst_stride[i] | (uint64_t)plan->src_stride[i];
+    return (uint32_t)(all & -all);
+}
+
+/* The two forms differ in the length of their arrays only. */
+#define FILL_JOB(plan, job)                                       \
+    do {                                                          \
+        (job)->dst = (plan)->dst;                                 \
+        (job)->src = (plan)->src;                                 \
+        (job)->unit_bytes = unit_bytes(plan);                     \
+        (job)->run_units = (plan)->run_bytes / (job)->unit_bytes; \
+        (job)->n_units = (job)->run_units;                        \
+        (job)->n_outer = (uint32_t)(plan)->n_outer;               \
+        for (int i = 0; i < (plan)->n_outer; i++) {               \
+            (job)->n_units *= (plan)->count[i];                   \
+            (job)->count[i] = (plan)->count[i];                   \
+            (job)->dst_stride[i] = (plan)->dst_stride[i];         \
+            (job)->src_stride[i] = (plan)->src_stride[i];         \
+        }                                                         \
+    } while (0)
+
+void copy_plan_to_job(const copy_plan *plan, vmm_append_job *out) {
+    FILL_JOB(plan, out);
+}
+
+void copy_plan_to_job_wide(const copy_plan *plan, vmm_append_job_wide *out) {
+    FILL_JOB(plan, out);
+}

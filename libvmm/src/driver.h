@@ -1,0 +1,95 @@
+/* driver.h - what a driver can do: one table of the verbs of CUDA's virtual memory
+ * management, and nothing that decides anything.
+ *
+ * Preconditions of every entry, kept by the callers (pool.c, range.c, tensor.c):
+ *   - addresses and sizes handed to map, unmap and set_access are multiples of the
+ *     granularity; unmap gets whole blocks, the ones that one map call made;
+ *   - free gets exactly one reservation, with nothing mapped in it;
+ *   - nothing that the device may still touch is unmapped (a fence has passed).
+ * Every entry returns a status and, when it fails, has recorded the driver's code and its
+ * call's name by vmm_fail_driver(). Entries are thread-safe, leave the caller's current
+ * context and capture mode as they found them, and never wait for the device unless their
+ * name says synchronize.
+ */
+#ifndef VMM_DRIVER_H
+#define VMM_DRIVER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "append.h"
+#include "vmm.h"
+
+typedef uint64_t driver_handle; /* of one physical block */
+typedef void *driver_event;
+
+typedef struct driver_ops {
+    vmm_device_kind kind;
+    /* Work may still run when a call has returned: memory is queued, not unmapped, and
+     * fence, events and streams mean something. Where it is false, `copy` and everything
+     * from `launch` on are NULL and never called: the CPU copies by itself (append.c). */
+    bool is_async;
+
+    /* Open device `index`; `state` is handed to every other entry. */
+    vmm_status (*open)(int index, void **state);
+    void (*close)(void *state);
+    /* Fill description, granularity, recommended, free, total, driver_version,
+     * exportable_handles and kernel of `out`. */
+    vmm_status (*query)(void *state, vmm_device_info *out);
+
+    vmm_status (*reserve)(void *state, size_t bytes, size_t alignment, uintptr_t *out);
+    vmm_status (*free)(void *state, uintptr_t base, size_t bytes);
+    vmm_status (*create)(void *state, size_t bytes, driver_handle *out);
+    vmm_status (*release)(void *state, driver_handle handle, size_t bytes);
+    vmm_status (*map)(void *state, uintptr_t address, size_t bytes, driver_handle handle);
+    vmm_status (*unmap)(void *state, uintptr_t address, size_t bytes);
+    vmm_status (*set_access)(void *state, uintptr_t address, size_t bytes);
+
+    /* Zero `height` pieces of `width` bytes, `pitch` apart. */
+    vmm_status (*fill)(void *state, uintptr_t dst, size_t pitch, size_t width, size_t height,
+                       vmm_stream stream);
+    /* Copy host memory in; `stream` runs it. The source may not be reused before
+     * stream_synchronize. Pitches are in bytes and at least `width`. */
+    vmm_status (*copy)(void *state, uintptr_t dst, size_t dst_pitch, const void *src,
+                       size_t src_pitch, size_t width, size_t height, vmm_stream stream);
+    /* Run the append kernel over jobs, at most VMM_APPEND_JOBS (or _WIDE) of them. */
+    vmm_status (*launch)(void *state, const vmm_append_args *args, size_t n_jobs,
+                         vmm_stream stream);
+    vmm_status (*launch_wide)(void *state, const vmm_append_args_wide *args, size_t n_jobs,
+                              vmm_stream stream);
+
+    /* Is `stream` one of this device (VMM_ERR_INVALID if not), and is it capturing? The
+     * capture's identity tells two captures apart; 0 for none. */
+    vmm_status (*stream_check)(void *state, vmm_stream stream);
+    vmm_status (*stream_capture)(void *state, vmm_stream stream, uint64_t *capture_id);
+    vmm_status (*stream_synchronize)(void *state, vmm_stream stream);
+
+    vmm_status (*event_create)(void *state, driver_event *out);
+    void (*event_destroy)(void *state, driver_event event);
+    vmm_status (*event_record)(void *state, driver_event event, vmm_stream stream);
+    /* `external`: the waiting stream is being captured and the event was recorded outside. */
+    vmm_status (*event_wait)(void *state, vmm_stream stream, driver_event event, bool external);
+    vmm_status (*event_query)(void *state, driver_event event, bool *done);
+    vmm_status (*event_synchronize)(void *state, driver_event event);
+    /* Record `event` behind everything submitted to the device so far, on every stream. */
+    vmm_status (*fence)(void *state, driver_event event);
+} driver_ops;
+
+extern const driver_ops driver_host_ops;
+extern const driver_ops driver_cuda_ops;
+
+/* A device that is open. Devices are shared: one for each name, see device.c. */
+struct vmm_device {
+    const driver_ops *ops;
+    void *state;
+    int index;
+    size_t granularity_bytes;
+    uint64_t process; /* the one that opened it, see process.h */
+    size_t references;
+    struct vmm_device *next;
+    struct vmm_pool *abandoned; /* pools that were released, not yet empty; see pool.c */
+    char name[32];
+};
+
+#endif /* VMM_DRIVER_H */

@@ -1,0 +1,201 @@
+/* driver_host.c - the host's memory behind the driver table.
+ *
+ * A reservation is an anonymous mapping without access. A block has no existence of its
+ * own: mapping one opens its part of the reservation and populates it there and then, so
+ * that running out of memory is an error of map and never a signal on first touch.
+ * Reservations are kept out of forked children and ask for huge pages, which make the first
+ * touch three to five times cheaper.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "driver.h"
+#include "error.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14; the libc's header may be older */
+#endif
+
+#define HUGE_PAGE_BYTES ((size_t)2 << 20)
+/* From this size on, ask how much memory there is before populating: the kernel would
+ * rather kill a process than fail a page fault. Below, the question costs more than it
+ * saves. */
+#define CHECKED_BYTES ((size_t)16 << 20)
+
+static vmm_status fail(const char *call, int code, size_t bytes) {
+    vmm_size_text size;
+    vmm_status status = code == ENOMEM || code == EAGAIN ? VMM_ERR_OUT_OF_MEMORY : VMM_ERR_DRIVER;
+    return vmm_fail_driver(status, code, call, "[%s][%s] for %s of host memory", call,
+                           strerror(code), vmm_format_bytes(bytes, &size));
+}
+
+/* Addresses, not memory, whatever the code: giving memory back would not help. */
+static vmm_status fail_reserve(const char *call, int code, size_t bytes) {
+    vmm_size_text size;
+    return vmm_fail_driver(VMM_ERR_DRIVER, code, call,
+                           "[%s][%s]: %s of addresses were refused, ask for a smaller capacity",
+                           call, strerror(code), vmm_format_bytes(bytes, &size));
+}
+
+static vmm_status host_open(int index, void **state) {
+    (void)index;
+    *state = NULL;
+    return VMM_OK;
+}
+
+static void host_close(void *state) {
+    (void)state;
+}
+
+/* The value of a "Name:   123 kB" line of /proc/meminfo, in bytes; `fallback` without it. */
+static size_t meminfo(const char *name, size_t fallback) {
+    char line[128];
+    size_t value = fallback, length = strlen(name);
+    FILE *file = fopen("/proc/meminfo", "re");
+    if (!file)
+        return fallback;
+    while (fgets(line, sizeof line, file)) {
+        if (strncmp(line, name, length) == 0 && line[length] == ':') {
+            value = (size_t)strtoull(line + length + 1, NULL, 10) * 1024;
+            break;
+        }
+    }
+    fclose(file);
+    return value;
+}
+
+static vmm_status host_query(void *state, vmm_device_info *out) {
+    (void)state;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t total = (size_t)sysconf(_SC_PHYS_PAGES) * page;
+    out->granularity_bytes = page;
+    out->recommended_bytes = HUGE_PAGE_BYTES;
+    out->total_bytes = total;
+    out->free_bytes = meminfo("MemAvailable", total);
+    snprintf(out->description, sizeof out->description, "host memory");
+    snprintf(out->kernel, sizeof out->kernel, "memcpy");
+    return VMM_OK;
+}
+
+static vmm_status host_reserve(void *state, size_t bytes, size_t alignment, uintptr_t *out) {
+    (void)state;
+    if (bytes >= HUGE_PAGE_BYTES && alignment < HUGE_PAGE_BYTES)
+        alignment = HUGE_PAGE_BYTES;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t spare = alignment > page ? alignment - page : 0;
+    if (bytes > SIZE_MAX - spare)
+        return fail_reserve("mmap", ENOMEM, bytes);
+    char *address = mmap(NULL, bytes + spare, PROT_NONE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (address == MAP_FAILED)
+        return fail_reserve("mmap", errno, bytes);
+    size_t before = spare ? (alignment - (uintptr_t)address % alignment) % alignment : 0;
+    if (before)
+        munmap(address, before);
+    if (spare > before)
+        munmap(address + before + bytes, spare - before);
+    address += before;
+    if (madvise(address, bytes, MADV_DONTFORK)) {
+        int code = errno;
+        munmap(address, bytes);
+        return fail_reserve("madvise", code, bytes);
+    }
+    madvise(address, bytes, MADV_HUGEPAGE); /* a wish: kernels without huge pages say no */
+    *out = (uintptr_t)address;
+    return VMM_OK;
+}
+
+static vmm_status host_free(void *state, uintptr_t base, size_t bytes) {
+    (void)state;
+    return munmap((void *)base, bytes) ? fail("munmap", errno, bytes) : VMM_OK;
+}
+
+static vmm_status host_create(void *state, size_t bytes, driver_handle *out) {
+    (void)state, (void)bytes;
+    *out = 1;
+    return VMM_OK;
+}
+
+static vmm_status host_release(void *state, driver_handle handle, size_t bytes) {
+    (void)state, (void)handle, (void)bytes;
+    return VMM_OK;
+}
+
+/* Take the pages now. Kernels before 5.14 have no such call; there each page is touched. */
+static int populate(char *address, size_t bytes) {
+    int code;
+    do
+        code = madvise(address, bytes, MADV_POPULATE_WRITE) ? errno : 0;
+    while (code == EAGAIN || code == EINTR);
+    if (code == EINVAL) {
+        size_t page = (size_t)sysconf(_SC_PAGESIZE);
+        for (size_t at = 0; at < bytes; at += page)
+            *(volatile char *)(address + at) = 0;
+        return 0;
+    }
+    return code == EFAULT ? ENOMEM : code;
+}
+
+static vmm_status host_map(void *state, uintptr_t address, size_t bytes, driver_handle handle) {
+    (void)state, (void)handle;
+    char *start = (char *)address;
+    if (bytes >= CHECKED_BYTES && bytes > meminfo("MemAvailable", SIZE_MAX))
+        return fail("mmap", ENOMEM, bytes);
+    if (mprotect(start, bytes, PROT_READ | PROT_WRITE))
+        return fail("mprotect", errno, bytes);
+    int code = populate(start, bytes);
+    if (code) {
+        madvise(start, bytes, MADV_DONTNEED);
+        mprotect(start, bytes, PROT_NONE);
+        return fail("madvise", code, bytes);
+    }
+    return VMM_OK;
+}
+
+static vmm_status host_unmap(void *state, uintptr_t address, size_t bytes) {
+    (void)state;
+    /* Access first: if the kernel refuses (it may have to split a mapping), nothing has
+     * changed yet. */
+    if (mprotect((void *)address, bytes, PROT_NONE))
+        return fail("mprotect", errno, bytes);
+    if (madvise((void *)address, bytes, MADV_DONTNEED)) {
+        int code = errno;
+        mprotect((void *)address, bytes, PROT_READ | PROT_WRITE);
+        return fail("madvise", code, bytes);
+    }
+    return VMM_OK;
+}
+
+static vmm_status host_set_access(void *state, uintptr_t address, size_t bytes) {
+    (void)state, (void)address, (void)bytes; /* map opened it */
+    return VMM_OK;
+}
+
+static vmm_status host_fill(void *state, uintptr_t dst, size_t pitch, size_t width,
+                            size_t height, vmm_stream stream) {
+    (void)state, (void)stream;
+    for (size_t row = 0; row < height; row++)
+        memset((void *)(dst + row * pitch), 0, width);
+    return VMM_OK;
+}
+
+const driver_ops driver_host_ops = {
+    .kind = VMM_DEVICE_HOST,
+    .is_async = false,
+    .open = host_open,
+    .close = host_close,
+    .query = host_query,
+    .reserve = host_reserve,
+    .free = host_free,
+    .create = host_create,
+    .release = host_release,
+    .map = host_map,
+    .unmap = host_unmap,
+    .set_access = host_set_access,
+    .fill = host_fill,
+};

@@ -1,0 +1,240 @@
+/* order.c - streams and events: which work waits for which.
+ *
+ * A tensor remembers the stream of its last write and records no event until someone on
+ * another stream has to wait for it.
+ */
+#include <stdlib.h>
+
+#include "error.h"
+#include "process.h"
+#include "tensor.h"
+
+static const driver_ops *ops_of(const vmm_tensor *tensor) {
+    return tensor->pool->device->ops;
+}
+
+vmm_status order_check_stream(vmm_tensor *tensor, vmm_stream *stream, const char *operation) {
+    vmm_device *device = tensor->pool->device;
+    if (!*stream)
+        *stream = VMM_STREAM_LEGACY;
+    bool of_every_device = *stream == VMM_STREAM_LEGACY || *stream == VMM_STREAM_PER_THREAD;
+    if (!device->ops->is_async || of_every_device || *stream == tensor->known_stream)
+        return VMM_OK;
+    if (*stream == VMM_STREAM_NONE)
+        return vmm_fail(VMM_ERR_INVALID, operation, "a stream is needed");
+    vmm_status status = DRIVER(tensor->pool, tensor->driver_calls, stream_check, *stream);
+    if (!status)
+        tensor->known_stream = *stream;
+    return status;
+}
+
+static vmm_status capture_of(vmm_tensor *tensor, vmm_stream stream, uint64_t *capture) {
+    return DRIVER(tensor->pool, tensor->driver_calls, stream_capture, stream, capture);
+}
+
+bool order_is_capturing(vmm_tensor *tensor, vmm_stream stream) {
+    uint64_t capture = 0;
+    if (!ops_of(tensor)->is_async)
+        return false;
+    vmm_undo_begin(); /* "someone captures" is an answer here */
+    vmm_status status = capture_of(tensor, stream, &capture);
+    vmm_undo_end();
+    return status || capture != 0;
+}
+
+/* `stream` waits for what `producer` has been given so far. With `current` the event
+ * already stands behind it. */
+static vmm_status wait_for(vmm_tensor *tensor, vmm_stream stream, vmm_stream producer,
+                           pool_event *event, bool *current) {
+    uint64_t capture, producer_capture;
+    vmm_status status = capture_of(tensor, stream, &capture);
+    if (!status)
+        status = capture_of(tensor, producer, &producer_capture);
+    if (status)
+        return status;
+    if (producer_capture && producer_capture != capture)
+        return vmm_fail(VMM_ERR_CAPTURING, "handoff",
+                        "the last write is part of a capture: only streams of the same capture "
+                        "can wait for it before the graph runs");
+    if (!*current) {
+        status = DRIVER(tensor->pool, tensor->driver_calls, event_record, event->event, producer);
+        if (status)
+            return status;
+        /* An event recorded inside a capture means nothing outside it. */
+        *current = producer_capture == 0;
+    }
+    return DRIVER(tensor->pool, tensor->driver_calls, event_wait, stream, event->event,
+                  capture && !producer_capture);
+}
+
+static vmm_status wait_for_last_write(vmm_tensor *tensor, vmm_stream stream) {
+    if (!tensor->written || tensor->last_stream == stream)
+        return VMM_OK;
+    if (!tensor->event) {
+        vmm_status status = pool_get_event(tensor->pool, &tensor->event);
+        if (status)
+            return status;
+    }
+    return wait_for(tensor, stream, tensor->last_stream, tensor->event, &tensor->event_current);
+}
+
+static vmm_status wait_for_readers(vmm_tensor *tensor, vmm_stream stream) {
+    pool_event *event = NULL;
+    vmm_status status = VMM_OK;
+    for (size_t i = 0; i < tensor->n_waits && !status; i++) {
+        bool current = false;
+        if (tensor->waits[i] == stream)
+            continue;
+        if (!event)
+            status = pool_get_event(tensor->pool, &event);
+        if (!status)
+            status = wait_for(tensor, stream, tensor->waits[i], event, &current);
+    }
+    pool_put_event(tensor->pool, event);
+    return status;
+}
+
+vmm_status order_before_write(vmm_tensor *tensor, vmm_stream stream) {
+    if (!ops_of(tensor)->is_async)
+        return VMM_OK;
+    vmm_status status = wait_for_last_write(tensor, stream);
+    return status ? status : wait_for_readers(tensor, stream);
+}
+
+void order_after_write(vmm_tensor *tensor, vmm_stream stream) {
+    tensor->written = true;
+    tensor->last_stream = stream;
+    tensor->event_current = false;
+    tensor->n_waits = 0;
+}
+
+vmm_status order_add_wait(vmm_tensor *tensor, vmm_stream stream) {
+    if (!ops_of(tensor)->is_async)
+        return VMM_OK;
+    if (tensor->written && stream == tensor->last_stream) {
+        /* The event of the last write must stand behind the reader, too. */
+        tensor->event_current = false;
+        return VMM_OK;
+    }
+    for (size_t i = 0; i < tensor->n_waits; i++)
+        if (tensor->waits[i] == stream)
+            return VMM_OK;
+    vmm_stream *grown = realloc(tensor->waits, (tensor->n_waits + 1) * sizeof *grown);
+    if (!grown)
+        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "truncate", "no host memory left");
+    tensor->waits = grown;
+    grown[tensor->n_waits++] = stream;
+    return VMM_OK;
+}
+
+vmm_status vmm_handoff(vmm_tensor *tensor, vmm_stream stream) {
+    if (!tensor)
+        return vmm_fail(VMM_ERR_INVALID, "handoff", "tensor is NULL");
+    if (tensor->process != vmm_process)
+        return vmm_fail(VMM_ERR_FORKED, "handoff", "the tensor belongs to the parent process");
+    if (!ops_of(tensor)->is_async || stream == VMM_STREAM_NONE)
+        return VMM_OK;
+    vmm_status status = order_check_stream(tensor, &stream, "handoff");
+    /* A hand-off may lead to a write through a grown view, so it comes after readers, too. */
+    return status ? status : order_before_write(tensor, stream);
+}
+
+/* ---- streams and events without a tensor ----------------------------------------- */
+
+static vmm_status check_device(const vmm_device *device, const char *operation) {
+    if (!device)
+        return vmm_fail(VMM_ERR_INVALID, operation, "device is NULL");
+    if (device->process != vmm_process)
+        return vmm_fail(VMM_ERR_FORKED, operation, "%s was opened by the parent process",
+                        device->name);
+    return VMM_OK;
+}
+
+struct vmm_event {
+    vmm_device *device;
+    driver_event event; /* unused on the host */
+};
+
+vmm_status vmm_event_record(vmm_device *device, vmm_stream stream, vmm_event **out) {
+    if (!out)
+        return vmm_fail(VMM_ERR_INVALID, "event_record", "out is NULL");
+    *out = NULL;
+    vmm_status status = check_device(device, "event_record");
+    if (status)
+        return status;
+    vmm_event *event = calloc(1, sizeof *event);
+    if (!event)
+        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "event_record", "no host memory left");
+    event->device = device;
+    if (device->ops->is_async) {
+        if (!stream)
+            stream = VMM_STREAM_LEGACY;
+        status = device->ops->stream_check(device->state, stream);
+        if (!status)
+            status = device->ops->event_create(device->state, &event->event);
+        if (status) {
+            free(event);
+            return status;
+        }
+        status = device->ops->event_record(device->state, event->event, stream);
+        if (status) {
+            vmm_event_close(event);
+            return status;
+        }
+    }
+    *out = event;
+    return VMM_OK;
+}
+
+vmm_status vmm_event_query(vmm_event *event, int *done) {
+    if (!event || !done)
+        return vmm_fail(VMM_ERR_INVALID, "event_query", "event or done is NULL");
+    vmm_status status = check_device(event->device, "event_query");
+    bool passed = true;
+    if (!status && event->device->ops->is_async)
+        status = event->device->ops->event_query(event->device->state, event->event, &passed);
+    if (!status)
+        *done = passed;
+    return status;
+}
+
+void vmm_event_close(vmm_event *event) {
+    if (!event || event->device->process != vmm_process)
+        return;
+    if (event->device->ops->is_async)
+        event->device->ops->event_destroy(event->device->state, event->event);
+    free(event);
+}
+
+vmm_status vmm_stream_wait(vmm_device *device, vmm_stream waiter, vmm_stream producer) {
+    vmm_status status = check_device(device, "stream_wait");
+    if (status || !device->ops->is_async)
+        return status;
+    if (!waiter)
+        waiter = VMM_STREAM_LEGACY;
+    if (!producer)
+        producer = VMM_STREAM_LEGACY;
+    if (waiter == producer)
+        return VMM_OK;
+    uint64_t waiter_capture, producer_capture;
+    const driver_ops *ops = device->ops;
+    driver_event event;
+    status = ops->stream_check(device->state, waiter);
+    if (!status)
+        status = ops->stream_check(device->state, producer);
+    if (!status)
+        status = ops->stream_capture(device->state, waiter, &waiter_capture);
+    if (!status)
+        status = ops->stream_capture(device->state, producer, &producer_capture);
+    if (status)
+        return status;
+    status = ops->event_create(device->state, &event);
+    if (status)
+        return status;
+    status = ops->event_record(device->state, event, producer);
+    if (!status)
+        status = ops->event_wait(device->state, waiter, event,
+                                 waiter_capture && !producer_capture);
+    ops->event_destroy(device->state, event);
+    return status;
+}

@@ -1,0 +1,93 @@
+/* pin.c - pins: who still looks at a tensor's rows, and what keeps its memory alive. */
+#include <stdlib.h>
+
+#include "error.h"
+#include "process.h"
+#include "tensor.h"
+
+vmm_status vmm_pin_rows(vmm_tensor *tensor, size_t n_rows, vmm_pin **out) {
+    if (!out)
+        return vmm_fail(VMM_ERR_INVALID, "pin_rows", "out is NULL");
+    *out = NULL;
+    if (!tensor)
+        return vmm_fail(VMM_ERR_INVALID, "pin_rows", "tensor is NULL");
+    if (tensor->process != vmm_process)
+        return vmm_fail(VMM_ERR_FORKED, "pin_rows", "the tensor belongs to the parent process");
+    if (n_rows > vmm_length(tensor))
+        return vmm_fail(VMM_ERR_INVALID, "pin_rows", "%zu rows are more than the length, %zu",
+                        n_rows, vmm_length(tensor));
+    vmm_pin *pin = malloc(sizeof *pin);
+    if (!pin)
+        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "pin_rows", "no host memory left");
+    pin->tensor = tensor;
+    pin->n_rows = n_rows;
+    pin->previous = NULL;
+    __atomic_fetch_add(&tensor->references, 1, __ATOMIC_RELAXED);
+    pthread_mutex_lock(&tensor->pin_lock);
+    pin->next = tensor->pins;
+    if (pin->next)
+        pin->next->previous = pin;
+    tensor->pins = pin;
+    pthread_mutex_unlock(&tensor->pin_lock);
+    *out = pin;
+    return VMM_OK;
+}
+
+void vmm_unpin(vmm_pin *pin) {
+    if (!pin || pin->tensor->process != vmm_process)
+        return; /* a forked child leaves the parent's books alone */
+    vmm_tensor *tensor = pin->tensor;
+    pthread_mutex_lock(&tensor->pin_lock);
+    if (pin->next)
+        pin->next->previous = pin->previous;
+    if (pin->previous)
+        pin->previous->next = pin->next;
+    else
+        tensor->pins = pin->next;
+    pthread_mutex_unlock(&tensor->pin_lock);
+    free(pin);
+    tensor_unreference(tensor);
+}
+
+size_t vmm_pin_count(const vmm_tensor *tensor) {
+    return __atomic_load_n(&tensor->references, __ATOMIC_RELAXED) - 1;
+}
+
+size_t vmm_pinned_rows(const vmm_tensor *tensor) {
+    vmm_tensor *mutable_tensor = (vmm_tensor *)tensor; /* for its lock */
+    size_t most = 0;
+    if (vmm_pin_count(tensor) == 0)
+        return 0;
+    pthread_mutex_lock(&mutable_tensor->pin_lock);
+    for (const vmm_pin *pin = tensor->pins; pin; pin = pin->next)
+        if (pin->n_rows > most)
+            most = pin->n_rows;
+    pthread_mutex_unlock(&mutable_tensor->pin_lock);
+    return most;
+}
+
+void tensor_unreference(vmm_tensor *tensor) {
+    if (__atomic_sub_fetch(&tensor->references, 1, __ATOMIC_ACQ_REL) == 0)
+        tensor_destroy(tensor);
+}
+
+void vmm_release(vmm_tensor *tensor) {
+    if (tensor && tensor->process == vmm_process)
+        tensor_unreference(tensor);
+}
+
+vmm_status vmm_close(vmm_tensor *tensor) {
+    if (tensor && tensor->process != vmm_process)
+        return VMM_OK;
+    vmm_status status = tensor_check(tensor, "close");
+    if (status)
+        return status;
+    size_t pins = vmm_pin_count(tensor);
+    if (pins)
+        return vmm_fail(VMM_ERR_PINNED, "close",
+                        "%zu export(s) of this tensor still live: drop what was made from it "
+                        "(framework tensors, memoryviews) first",
+                        pins);
+    tensor_unreference(tensor);
+    return VMM_OK;
+}

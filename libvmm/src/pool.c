@@ -1,0 +1,659 @@
+/* pool.c - physical blocks: create, recycle, release, the budget, the queue of what waits
+ * for a fence. */
+#include "pool.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "device.h"
+#include "error.h"
+#include "process.h"
+
+/* ---- the books -------------------------------------------------------------- */
+
+static size_t held_bytes(const vmm_pool *pool) {
+    return pool->in_use_bytes + pool->free_bytes + pool->queued_bytes + pool->parked_bytes;
+}
+
+void pool_move_bytes(vmm_pool *pool, size_t *from, size_t *to, size_t bytes) {
+    pthread_mutex_lock(&pool->lock);
+    if (from)
+        *from -= bytes;
+    if (to)
+        *to += bytes;
+    if (held_bytes(pool) > pool->peak_bytes)
+        pool->peak_bytes = held_bytes(pool);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+/* The budget has no room for a block of `bytes`. */
+static vmm_status fail_over_budget(vmm_pool *pool, size_t bytes) {
+    vmm_size_text need, limit, in_use, spare, queued;
+    pthread_mutex_lock(&pool->lock);
+    vmm_format_bytes(pool->in_use_bytes, &in_use);
+    vmm_format_bytes(pool->free_bytes, &spare);
+    vmm_format_bytes(pool->queued_bytes, &queued);
+    pthread_mutex_unlock(&pool->lock);
+    return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "create",
+                    "the pool's budget of %s on %s has no room for a block of %s (%s in use, %s "
+                    "free, %s queued): close tensors, trim, or raise max_bytes",
+                    vmm_format_bytes(pool->max_bytes, &limit), pool->device->name,
+                    vmm_format_bytes(bytes, &need), in_use.text, spare.text, queued.text);
+}
+
+/* ---- events ------------------------------------------------------------------- */
+
+vmm_status pool_get_event(vmm_pool *pool, pool_event **out) {
+    pthread_mutex_lock(&pool->lock);
+    pool_event *event = pool->spare_events;
+    if (event)
+        pool->spare_events = event->next;
+    pthread_mutex_unlock(&pool->lock);
+    if (!event) {
+        event = malloc(sizeof *event);
+        if (!event)
+            return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "event", "no host memory left");
+        vmm_status status = pool->device->ops->event_create(pool->device->state, &event->event);
+        if (status) {
+            free(event);
+            return status;
+        }
+    }
+    *out = event;
+    return VMM_OK;
+}
+
+void pool_put_event(vmm_pool *pool, pool_event *event) {
+    if (!event)
+        return;
+    pthread_mutex_lock(&pool->lock);
+    event->next = pool->spare_events;
+    pool->spare_events = event;
+    pthread_mutex_unlock(&pool->lock);
+}
+
+/* ---- blocks ------------------------------------------------------------------- */
+
+/* Return a block to the driver; one that it refuses is parked. Its bytes are counted
+ * nowhere on entry. */
+static vmm_status release_block(pool_work *work, pool_block *block) {
+    vmm_pool *pool = work->pool;
+    vmm_status status = DRIVER(pool, work->tensor_calls, release, block->handle, block->bytes);
+    if (status) {
+        block->next = pool->parked_blocks;
+        pool->parked_blocks = block;
+        pool_move_bytes(pool, NULL, &pool->parked_bytes, block->bytes);
+    } else {
+        free(block);
+    }
+    return status;
+}
+
+static pool_block **size_class(vmm_pool *pool, size_t bytes) {
+    return &pool->free_blocks[63 - __builtin_clzll(bytes)];
+}
+
+/* Release free blocks, large ones first, until `enough` bytes have gone back. */
+static vmm_status release_free(pool_work *work, size_t enough) {
+    vmm_pool *pool = work->pool;
+    vmm_status first = VMM_OK;
+    size_t released = 0;
+    for (int i = POOL_SIZE_CLASSES - 1; i >= 0; i--) {
+        while (pool->free_blocks[i] && released < enough) {
+            pool_block *block = pool->free_blocks[i];
+            size_t bytes = block->bytes;
+            pool->free_blocks[i] = block->next;
+            pool_move_bytes(pool, &pool->free_bytes, NULL, bytes);
+            vmm_status status = release_block(work, block);
+            if (status && !first)
+                first = status;
+            if (!status)
+                released += bytes;
+        }
+    }
+    return first;
+}
+
+void pool_give_block(pool_work *work, pool_block *block, bool release) {
+    vmm_pool *pool = work->pool;
+    /* The host's blocks are nothing once unmapped. */
+    if (release || !pool->device->ops->is_async) {
+        release_block(work, block);
+        return;
+    }
+    pool_block **list = size_class(pool, block->bytes);
+    block->next = *list;
+    *list = block;
+    pool_move_bytes(pool, NULL, &pool->free_bytes, block->bytes);
+}
+
+static pool_block *take_free(vmm_pool *pool, size_t bytes) {
+    for (pool_block **link = size_class(pool, bytes); *link; link = &(*link)->next) {
+        pool_block *block = *link;
+        if (block->bytes == bytes) {
+            *link = block->next;
+            block->fresh = false;
+            pool_move_bytes(pool, &pool->free_bytes, &pool->in_use_bytes, bytes);
+            return block;
+        }
+    }
+    return NULL;
+}
+
+/* How far a block of `bytes` would exceed the budget. */
+static size_t over_budget(vmm_pool *pool, size_t bytes) {
+    pthread_mutex_lock(&pool->lock);
+    size_t held = held_bytes(pool);
+    pthread_mutex_unlock(&pool->lock);
+    if (bytes > pool->max_bytes)
+        return SIZE_MAX;
+    return held > pool->max_bytes - bytes ? held - (pool->max_bytes - bytes) : 0;
+}
+
+/* A new block, at the cost of free ones of other sizes where the budget or the device is
+ * full. */
+static vmm_status create_block(pool_work *work, size_t bytes, pool_block **out) {
+    vmm_pool *pool = work->pool;
+    size_t over = over_budget(pool, bytes);
+    if (over) {
+        if (over != SIZE_MAX)
+            release_free(work, over);
+        if (over_budget(pool, bytes))
+            return fail_over_budget(pool, bytes);
+    }
+    pool_block *block = calloc(1, sizeof *block);
+    if (!block)
+        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "create", "no host memory left");
+    block->bytes = bytes;
+    block->fresh = true;
+    vmm_status status = DRIVER(pool, work->tensor_calls, create, bytes, &block->handle);
+    if (status == VMM_ERR_OUT_OF_MEMORY && pool->free_bytes) {
+        release_free(work, SIZE_MAX);
+        status = DRIVER(pool, work->tensor_calls, create, bytes, &block->handle);
+    }
+    if (status) {
+        free(block);
+        return status;
+    }
+    pool_move_bytes(pool, NULL, &pool->in_use_bytes, bytes);
+    *out = block;
+    return VMM_OK;
+}
+
+static vmm_status take_or_create(pool_work *work, size_t bytes, pool_block **out) {
+    *out = take_free(work->pool, bytes);
+    return *out ? VMM_OK : create_block(work, bytes, out);
+}
+
+/* ---- the queue ------------------------------------------------------------------ */
+
+bool pool_has_queue(vmm_pool *pool) {
+    return __atomic_load_n(&pool->queue, __ATOMIC_RELAXED) != NULL;
+}
+
+static void link_entry(vmm_pool *pool, pool_entry *entry) {
+    entry->next = pool->queue;
+    entry->linked = true;
+    pool->n_queued++;
+    __atomic_store_n(&pool->queue, entry, __ATOMIC_RELAXED);
+}
+
+void pool_enqueue_locked(vmm_pool *pool, pool_entry *entry) {
+    entry->epoch = pool->fences_recorded;
+    if (!entry->linked)
+        link_entry(pool, entry);
+}
+
+/* Reclaim from every entry what the fences passed so far allow, or, with `parked_only`,
+ * what was refused before. Other threads may queue meanwhile: the list is taken off whole,
+ * and its entries stay marked as linked until it is known what is left of them. */
+static vmm_status reclaim_covered(pool_work *work, bool parked_only) {
+    vmm_pool *pool = work->pool;
+    vmm_status first = VMM_OK;
+    pthread_mutex_lock(&pool->lock);
+    pool_entry *list = pool->queue;
+    pool->n_queued = 0;
+    __atomic_store_n(&pool->queue, NULL, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&pool->lock);
+    while (list) {
+        pool_entry *entry = list;
+        list = entry->next;
+        bool gone = false;
+        pthread_mutex_lock(&pool->lock);
+        bool fenced = !parked_only && (!pool->device->ops->is_async ||
+                                       pool->fences_passed > entry->epoch);
+        bool useful = fenced || entry->parked_bytes > 0;
+        pthread_mutex_unlock(&pool->lock);
+        if (useful) {
+            vmm_status status = entry->reclaim(entry, work, fenced, &gone);
+            if (status && !first)
+                first = status;
+        }
+        if (gone)
+            continue;
+        pthread_mutex_lock(&pool->lock);
+        entry->linked = false;
+        if (entry->retired || entry->queued_bytes || entry->parked_bytes)
+            link_entry(pool, entry);
+        pthread_mutex_unlock(&pool->lock);
+    }
+    return first;
+}
+
+/* Is something queued that no fence recorded so far covers? */
+static bool needs_fence(vmm_pool *pool) {
+    bool needed = false;
+    pthread_mutex_lock(&pool->lock);
+    for (pool_entry *entry = pool->queue; entry && !needed; entry = entry->next)
+        needed = entry->epoch >= pool->fences_recorded && (entry->queued_bytes || entry->retired);
+    pthread_mutex_unlock(&pool->lock);
+    return needed;
+}
+
+/* Look whether the pending fence has passed, or wait for it. */
+static vmm_status settle_fence(pool_work *work, bool wait) {
+    vmm_pool *pool = work->pool;
+    bool done = true;
+    vmm_status status =
+        wait ? DRIVER(pool, work->tensor_calls, event_synchronize, pool->fence->event)
+             : DRIVER(pool, work->tensor_calls, event_query, pool->fence->event, &done);
+    if (status || !done)
+        return status;
+    pool_put_event(pool, pool->fence);
+    pool->fence = NULL;
+    pool->fences_passed = pool->fences_recorded;
+    return VMM_OK;
+}
+
+static vmm_status record_fence(pool_work *work) {
+    vmm_pool *pool = work->pool;
+    pool_event *event;
+    vmm_status status = pool_get_event(pool, &event);
+    if (status)
+        return status;
+    /* Counted before it is recorded: what is queued meanwhile belongs to the next one. */
+    pthread_mutex_lock(&pool->lock);
+    pool->fences_recorded++;
+    pthread_mutex_unlock(&pool->lock);
+    status = DRIVER(pool, work->tensor_calls, fence, event->event);
+    if (status) {
+        pool_put_event(pool, event);
+        return status;
+    }
+    pool->fence = event;
+    return VMM_OK;
+}
+
+static bool is_capturing(vmm_pool *pool) {
+    return __atomic_load_n(&pool->captures, __ATOMIC_RELAXED) > 0;
+}
+
+/* Take back what can be: without `wait` what a fence has released by now, recording one if
+ * none is pending; with it everything that was queued on entry. */
+static vmm_status reclaim(pool_work *work, bool wait) {
+    vmm_pool *pool = work->pool;
+    vmm_status first = VMM_OK, status;
+    if (!pool->device->ops->is_async)
+        return reclaim_covered(work, false);
+    if (pool->fence) {
+        first = settle_fence(work, wait);
+    }
+    /* A fence that failed after it was counted leaves a number that no event stands for;
+     * what it should have covered is covered by the next. */
+    if (!first && !pool->fence && needs_fence(pool)) {
+        if (!work->may_fence || is_capturing(pool)) {
+            first = vmm_fail(VMM_ERR_CAPTURING, "fence",
+                             "queued memory can only be had behind a fence, and a stream is "
+                             "being captured");
+        } else {
+            first = record_fence(work);
+            if (!first)
+                first = settle_fence(work, wait);
+        }
+    }
+    status = reclaim_covered(work, false);
+    return first ? first : status;
+}
+
+void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, bool may_fence) {
+    *work = (pool_work){pool, tensor_calls, may_fence};
+    pthread_mutex_lock(&pool->work);
+    pthread_mutex_lock(&pool->lock);
+    bool retry = pool->parked_bytes > 0;
+    pthread_mutex_unlock(&pool->lock);
+    if (!retry)
+        return;
+    vmm_undo_begin(); /* a retry that fails is no failure of the call that tried */
+    pool_block *block = pool->parked_blocks;
+    pool->parked_blocks = NULL;
+    while (block) {
+        pool_block *next = block->next;
+        pool_move_bytes(pool, &pool->parked_bytes, NULL, block->bytes);
+        release_block(work, block);
+        block = next;
+    }
+    reclaim_covered(work, true);
+    vmm_undo_end();
+}
+
+static void sweep_abandoned(vmm_device *device);
+
+void pool_work_end(pool_work *work) {
+    vmm_pool *pool = work->pool;
+    vmm_device *device = pool->device;
+    pthread_mutex_unlock(&pool->work);
+    pool_drain(pool);
+    if (vmm_device_has_abandoned(device))
+        sweep_abandoned(device);
+}
+
+void pool_drain(vmm_pool *pool) {
+    if (pool->device->ops->is_async)
+        return;
+    /* One round: what the driver refuses is parked and left for the next call. */
+    if (pool_has_queue(pool) && pthread_mutex_trylock(&pool->work) == 0) {
+        pool_work work = {pool, NULL, false};
+        vmm_undo_begin();
+        reclaim_covered(&work, false);
+        vmm_undo_end();
+        pthread_mutex_unlock(&pool->work);
+    }
+}
+
+vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes, bool wait,
+                           pool_block **out) {
+    vmm_pool *pool = work->pool;
+    *out = take_free(pool, bytes);
+    if (*out)
+        return VMM_OK;
+    if (pool_has_queue(pool)) {
+        vmm_undo_begin(); /* nothing to be had is no failure: a new block may do */
+        reclaim(work, false);
+        vmm_undo_end();
+    }
+    vmm_status status = take_or_create(work, bytes, out);
+    for (size_t size = bytes / 2; status == VMM_ERR_OUT_OF_MEMORY && size >= smallest_bytes;
+         size /= 2)
+        status = take_or_create(work, size, out);
+    if (status != VMM_ERR_OUT_OF_MEMORY || !wait || !pool_has_queue(pool))
+        return status;
+    vmm_undo_begin();
+    vmm_status reclaimed = reclaim(work, true);
+    vmm_undo_end();
+    if (reclaimed)
+        return status;
+    return pool_take_block(work, bytes, smallest_bytes, false, out);
+}
+
+/* Address space of closed tensors that never mapped anything is not asked for by any
+ * growth: from so many on, look whether it can be returned. */
+#define QUEUE_HIGH_WATER 64
+
+vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, uintptr_t *out) {
+    pool_work work;
+    pthread_mutex_lock(&pool->lock);
+    bool many = pool->n_queued >= QUEUE_HIGH_WATER;
+    pthread_mutex_unlock(&pool->lock);
+    if (many) {
+        pool_work_begin(&work, pool, tensor_calls, true);
+        vmm_undo_begin();
+        reclaim(&work, false);
+        vmm_undo_end();
+        pool_work_end(&work);
+    }
+    vmm_status status = DRIVER(pool, tensor_calls, reserve, bytes, 0, out);
+    if (status && pool_has_queue(pool)) {
+        pool_work_begin(&work, pool, tensor_calls, true);
+        vmm_undo_begin();
+        reclaim(&work, true);
+        vmm_undo_end();
+        pool_work_end(&work);
+        status = DRIVER(pool, tensor_calls, reserve, bytes, 0, out);
+    }
+    return status;
+}
+
+bool pool_run_callbacks(vmm_pool *pool, size_t needed_bytes) {
+    bool freed = false;
+    pthread_mutex_lock(&pool->lock);
+    size_t n = pool->n_callbacks;
+    pool_callback *callbacks = n ? malloc(n * sizeof *callbacks) : NULL;
+    for (size_t i = 0; callbacks && i < n; i++)
+        callbacks[i] = pool->callbacks[i];
+    pthread_mutex_unlock(&pool->lock);
+    for (size_t i = 0; callbacks && i < n; i++)
+        freed |= callbacks[i].function(callbacks[i].user, needed_bytes) != 0;
+    free(callbacks);
+    return freed;
+}
+
+void pool_range_added(vmm_pool *pool) {
+    pthread_mutex_lock(&pool->lock);
+    pool->live_ranges++;
+    pthread_mutex_unlock(&pool->lock);
+}
+
+void pool_range_gone(vmm_pool *pool) {
+    pthread_mutex_lock(&pool->lock);
+    pool->live_ranges--;
+    pthread_mutex_unlock(&pool->lock);
+}
+
+/* ---- public --------------------------------------------------------------------- */
+
+static vmm_status check_pool(const vmm_pool *pool, const char *operation) {
+    if (!pool)
+        return vmm_fail(VMM_ERR_INVALID, operation, "pool is NULL");
+    if (pool->process != vmm_process)
+        return vmm_fail(VMM_ERR_FORKED, operation,
+                        "the pool belongs to the parent process: create one in this process");
+    return VMM_OK;
+}
+
+vmm_status vmm_pool_create(vmm_device *device, size_t block_bytes, size_t max_bytes,
+                           vmm_pool **out) {
+    if (!out)
+        return vmm_fail(VMM_ERR_INVALID, "pool_create", "out is NULL");
+    *out = NULL;
+    if (!device)
+        return vmm_fail(VMM_ERR_INVALID, "pool_create", "device is NULL");
+    if (device->process != vmm_process)
+        return vmm_fail(VMM_ERR_FORKED, "pool_create",
+                        "%s was opened by the parent process: open it anew", device->name);
+    if (block_bytes == 0)
+        block_bytes = VMM_BLOCK_AUTO;
+    if (block_bytes != VMM_BLOCK_AUTO && block_bytes % device->granularity_bytes)
+        return vmm_fail(VMM_ERR_INVALID, "pool_create",
+                        "a block size of %zu bytes is not a multiple of the granularity of %s, "
+                        "%zu bytes",
+                        block_bytes, device->name, device->granularity_bytes);
+    size_t smallest = block_bytes == VMM_BLOCK_AUTO ? device->granularity_bytes : block_bytes;
+    if (max_bytes && max_bytes < smallest)
+        return vmm_fail(VMM_ERR_INVALID, "pool_create",
+                        "a budget of %zu bytes is less than one block of %zu bytes", max_bytes,
+                        smallest);
+    vmm_pool *pool = calloc(1, sizeof *pool);
+    if (!pool)
+        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "pool_create", "no host memory left");
+    pool->device = vmm_device_retain(device);
+    pool->process = vmm_process;
+    pool->block_bytes = block_bytes;
+    pool->max_bytes = max_bytes ? max_bytes : SIZE_MAX;
+    pthread_mutex_init(&pool->work, NULL);
+    pthread_mutex_init(&pool->lock, NULL);
+    *out = pool;
+    return VMM_OK;
+}
+
+size_t vmm_pool_block_bytes(const vmm_pool *pool) {
+    return pool->block_bytes;
+}
+
+vmm_status vmm_pool_trim(vmm_pool *pool, int wait) {
+    vmm_status status = check_pool(pool, "pool_trim");
+    if (status)
+        return status;
+    pool_work work;
+    pool_work_begin(&work, pool, NULL, true);
+    status = reclaim(&work, wait != 0);
+    vmm_status released = release_free(&work, SIZE_MAX);
+    pool_work_end(&work);
+    return status ? status : released;
+}
+
+vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, void *user) {
+    vmm_status status = check_pool(pool, "pool_on_oom");
+    if (status)
+        return status;
+    pthread_mutex_lock(&pool->lock);
+    if (callback) {
+        pool_callback *grown =
+            realloc(pool->callbacks, (pool->n_callbacks + 1) * sizeof *pool->callbacks);
+        if (grown) {
+            pool->callbacks = grown;
+            grown[pool->n_callbacks++] = (pool_callback){callback, user};
+        } else {
+            status = vmm_fail(VMM_ERR_OUT_OF_MEMORY, "pool_on_oom", "no host memory left");
+        }
+    } else {
+        size_t kept = 0;
+        for (size_t i = 0; i < pool->n_callbacks; i++)
+            if (pool->callbacks[i].user != user)
+                pool->callbacks[kept++] = pool->callbacks[i];
+        if (kept == pool->n_callbacks)
+            status = vmm_fail(VMM_ERR_INVALID, "pool_on_oom", "no such callback is registered");
+        pool->n_callbacks = kept;
+    }
+    pthread_mutex_unlock(&pool->lock);
+    return status;
+}
+
+vmm_status vmm_pool_capture_begin(vmm_pool *pool) {
+    vmm_status status = check_pool(pool, "pool_capture_begin");
+    if (status)
+        return status;
+    /* Behind `work`: a fence that is being taken now is done before the capture begins. */
+    pthread_mutex_lock(&pool->work);
+    __atomic_fetch_add(&pool->captures, 1, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&pool->work);
+    return VMM_OK;
+}
+
+vmm_status vmm_pool_capture_end(vmm_pool *pool) {
+    vmm_status status = check_pool(pool, "pool_capture_end");
+    if (status)
+        return status;
+    pthread_mutex_lock(&pool->lock);
+    if (pool->captures == 0)
+        status = vmm_fail(VMM_ERR_INVALID, "pool_capture_end", "no capture has begun");
+    else
+        __atomic_fetch_sub(&pool->captures, 1, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&pool->lock);
+    return status;
+}
+
+vmm_status vmm_pool_statistics(vmm_pool *pool, vmm_pool_stats *out) {
+    vmm_status status = check_pool(pool, "pool_statistics");
+    if (status)
+        return status;
+    if (!out)
+        return vmm_fail(VMM_ERR_INVALID, "pool_statistics", "out is NULL");
+    pthread_mutex_lock(&pool->lock);
+    *out = (vmm_pool_stats){
+        .in_use_bytes = pool->in_use_bytes,
+        .free_bytes = pool->free_bytes,
+        .queued_bytes = pool->queued_bytes,
+        .parked_bytes = pool->parked_bytes,
+        .peak_bytes = pool->peak_bytes,
+        .max_bytes = pool->max_bytes == SIZE_MAX ? 0 : pool->max_bytes,
+    };
+    pthread_mutex_unlock(&pool->lock);
+    for (int call = 0; call < VMM_CALL_COUNT; call++)
+        out->driver_calls[call] = __atomic_load_n(&pool->driver_calls[call], __ATOMIC_RELAXED);
+    return VMM_OK;
+}
+
+/* Free a pool that holds nothing any more. */
+static void destroy(vmm_pool *pool) {
+    const driver_ops *ops = pool->device->ops;
+    while (pool->spare_events) {
+        pool_event *event = pool->spare_events;
+        pool->spare_events = event->next;
+        ops->event_destroy(pool->device->state, event->event);
+        free(event);
+    }
+    vmm_device *device = pool->device;
+    pthread_mutex_destroy(&pool->work);
+    pthread_mutex_destroy(&pool->lock);
+    free(pool->callbacks);
+    free(pool);
+    vmm_device_close(device);
+}
+
+static bool is_empty(vmm_pool *pool) {
+    pthread_mutex_lock(&pool->lock);
+    bool empty = pool->live_ranges == 0 && !pool->queue && held_bytes(pool) == 0;
+    pthread_mutex_unlock(&pool->lock);
+    return empty && !pool->fence;
+}
+
+vmm_status vmm_pool_close(vmm_pool *pool) {
+    if (pool && pool->process != vmm_process)
+        return VMM_OK;
+    vmm_status status = check_pool(pool, "pool_close");
+    if (status)
+        return status;
+    pool_work work;
+    pool_work_begin(&work, pool, NULL, true);
+    pthread_mutex_lock(&pool->lock);
+    size_t live = pool->live_ranges;
+    pthread_mutex_unlock(&pool->lock);
+    if (live)
+        status = vmm_fail(VMM_ERR_BUSY, "pool_close",
+                          "%zu tensor(s) of this pool on %s still live: close them and drop "
+                          "what was exported first",
+                          live, pool->device->name);
+    if (!status)
+        status = reclaim(&work, true);
+    if (!status && pool->fence)
+        status = settle_fence(&work, true);
+    if (!status)
+        status = release_free(&work, SIZE_MAX);
+    pthread_mutex_unlock(&pool->work);
+    if (!status && !is_empty(pool))
+        status = vmm_fail(VMM_ERR_DRIVER, "pool_close",
+                          "the driver would not take all memory back: try again");
+    if (!status)
+        destroy(pool);
+    return status;
+}
+
+void vmm_pool_release(vmm_pool *pool) {
+    if (!pool || pool->process != vmm_process)
+        return;
+    if (is_empty(pool) && !pool->spare_events)
+        destroy(pool);
+    else
+        vmm_device_abandon(pool->device, pool);
+}
+
+/* Return what abandoned pools hold, as far as it can be had without waiting; destroy those
+ * that are empty, put the others back. */
+static void sweep_abandoned(vmm_device *device) {
+    vmm_pool *pool = vmm_device_take_abandoned(device);
+    vmm_undo_begin();
+    while (pool) {
+        vmm_pool *next = pool->next_abandoned;
+        pool_work work = {pool, NULL, true};
+        pthread_mutex_lock(&pool->work);
+        reclaim(&work, false);
+        release_free(&work, SIZE_MAX);
+        pthread_mutex_unlock(&pool->work);
+        if (is_empty(pool))
+            destroy(pool);
+        else
+            vmm_device_abandon(device, pool);
+        pool = next;
+    }
+    vmm_undo_end();
+}

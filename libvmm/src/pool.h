@@ -1,0 +1,143 @@
+/* pool.h - physical blocks of one device: create, recycle, release, within a budget.
+ *
+ * Two locks, always taken in this order:
+ *   work   serialises driver work (the driver does so anyway) and is held across driver
+ *          calls. Between pool_work_begin() and pool_work_end().
+ *   lock   guards the books and the queue, and is never held across a driver call, so
+ *          that a deleter may take it on any thread.
+ */
+#ifndef VMM_POOL_H
+#define VMM_POOL_H
+
+#include <pthread.h>
+
+#include "driver.h"
+
+struct pool_work;
+
+/* One physical block. Allocated with its memory, so that keeping one never allocates. */
+typedef struct pool_block {
+    driver_handle handle;
+    size_t bytes;
+    struct pool_block *next; /* in a free or parked list */
+    bool fresh;              /* created, not recycled, in the change that is under way */
+    bool parked;             /* mapped, and the driver would not take it back */
+} pool_block;
+
+/* Free blocks are kept by the power of two of their size. */
+#define POOL_SIZE_CLASSES 64
+
+/* Something that holds memory it no longer uses, in the pool's queue until a fence has
+ * passed. Ranges embed one. Guarded by the pool's lock. */
+typedef struct pool_entry {
+    struct pool_entry *next;
+    bool linked;
+    bool retired;         /* the owner is gone: reclaim frees the entry when nothing is left */
+    uint64_t epoch;       /* the number of the last fence that does not cover it */
+    size_t queued_bytes;  /* awaiting a fence */
+    size_t parked_bytes;  /* refused by the driver, awaiting the next try */
+    /* Give back what is covered; with `fenced` all of it, else only what is parked. Under
+     * work. Sets `gone` when the entry has been freed. */
+    vmm_status (*reclaim)(struct pool_entry *entry, struct pool_work *work, bool fenced,
+                          bool *gone);
+} pool_entry;
+
+typedef struct pool_event {
+    driver_event event;
+    struct pool_event *next;
+} pool_event;
+
+typedef struct pool_callback {
+    vmm_oom_callback function;
+    void *user;
+} pool_callback;
+
+struct vmm_pool {
+    vmm_device *device;
+    uint64_t process;
+    size_t block_bytes; /* VMM_BLOCK_AUTO or bytes */
+    size_t max_bytes;   /* SIZE_MAX for no budget */
+
+    pthread_mutex_t work;
+    pool_block *free_blocks[POOL_SIZE_CLASSES]; /* under work: unmapped, last given back first */
+    pool_block *parked_blocks; /* under work: unmapped, but the driver would not release them */
+    pool_event *fence;         /* under work: the pending fence, NULL if none */
+    uint64_t fences_passed;    /* under work */
+
+    pthread_mutex_t lock;
+    pool_entry *queue; /* entries with something to reclaim */
+    size_t n_queued;
+    size_t in_use_bytes, free_bytes, queued_bytes, parked_bytes, peak_bytes;
+    uint64_t fences_recorded;
+    size_t live_ranges;
+    int captures;
+    pool_event *spare_events;
+    pool_callback *callbacks;
+    size_t n_callbacks;
+    struct vmm_pool *next_abandoned;
+
+    uint64_t driver_calls[VMM_CALL_COUNT]; /* atomic */
+};
+
+/* A stretch of driver work on a pool, on behalf of a tensor (whose calls are counted) or
+ * of nobody. */
+typedef struct pool_work {
+    vmm_pool *pool;
+    uint64_t *tensor_calls;
+    bool may_fence; /* no capture is known to be under way */
+} pool_work;
+
+static inline void pool_count(vmm_pool *pool, uint64_t *tensor_calls, vmm_call call) {
+    __atomic_fetch_add(&pool->driver_calls[call], 1, __ATOMIC_RELAXED);
+    if (tensor_calls)
+        __atomic_fetch_add(&tensor_calls[call], 1, __ATOMIC_RELAXED);
+}
+
+/* Call the driver, counted: DRIVER(pool, tensor_calls, map, address, bytes, handle). */
+#define DRIVER(pool, tensor_calls, verb, ...)               \
+    (pool_count((pool), (tensor_calls), VMM_CALL_##verb),   \
+     (pool)->device->ops->verb((pool)->device->state, __VA_ARGS__))
+
+/* `may_fence` false when a stream that takes part is known to be capturing. What was parked
+ * is retried at the beginning; what may be returned at once (host) is at the end. */
+void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, bool may_fence);
+void pool_work_end(pool_work *work);
+
+/* Take a block of `bytes` for mapping, counted as in use. When there is none: blocks that
+ * fences have released; smaller ones down to `smallest_bytes`, by halves; with `wait` those
+ * behind pending fences. VMM_ERR_OUT_OF_MEMORY after all that. Under work. */
+vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes, bool wait,
+                           pool_block **out);
+
+/* Reserve address space; what closed tensors still hold of it is taken back where it is
+ * needed, or where much has gathered. No lock held. */
+vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, uintptr_t *out);
+
+/* Give back a block that is not mapped (any more); the caller has moved its bytes out of
+ * whatever it was counted under to none. To the free list, or to the driver where keeping
+ * it has no use or `release` asks. Under work. */
+void pool_give_block(pool_work *work, pool_block *block, bool release);
+
+/* The books. `from` and `to` point to counters of the pool, NULL for none. */
+void pool_move_bytes(vmm_pool *pool, size_t *from, size_t *to, size_t bytes);
+
+/* Queue an entry whose bytes have grown, behind the next fence. Under lock. */
+void pool_enqueue_locked(vmm_pool *pool, pool_entry *entry);
+
+/* On a host pool take back what is queued, now, unless another thread is at work on the
+ * pool: that one does it when it ends. No lock held. */
+void pool_drain(vmm_pool *pool);
+
+bool pool_has_queue(vmm_pool *pool);
+
+/* Run the out-of-memory callbacks, without locks. True if one freed something. */
+bool pool_run_callbacks(vmm_pool *pool, size_t needed_bytes);
+
+void pool_range_added(vmm_pool *pool);
+void pool_range_gone(vmm_pool *pool);
+
+/* Events, recycled: putting one back makes no driver call. */
+vmm_status pool_get_event(vmm_pool *pool, pool_event **out);
+void pool_put_event(vmm_pool *pool, pool_event *event);
+
+#endif /* VMM_POOL_H */

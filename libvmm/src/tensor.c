@@ -1,0 +1,440 @@
+/* tensor.c - what a tensor is: its geometry, its length, mapping, growing and giving up. */
+#include "tensor.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+#include "process.h"
+
+/* ---- geometry ------------------------------------------------------------------- */
+
+static vmm_status check_spec(const vmm_spec *spec, const vmm_pool *pool) {
+    static const char *const operation = "reserve";
+    size_t granularity = pool->device->granularity_bytes;
+    if (spec->ndim < 1 || spec->ndim > VMM_MAX_NDIM)
+        return vmm_fail(VMM_ERR_INVALID, operation, "%d dimensions: 1 to %d are possible",
+                        spec->ndim, VMM_MAX_NDIM);
+    if (!spec->shape)
+        return vmm_fail(VMM_ERR_INVALID, operation, "shape is NULL");
+    if (spec->axis < 0 || spec->axis >= spec->ndim)
+        return vmm_fail(VMM_ERR_INVALID, operation, "axis %d is out of range for %d dimensions",
+                        spec->axis, spec->ndim);
+    for (int i = 0; i < spec->ndim; i++)
+        if (i != spec->axis && spec->shape[i] < 1)
+            return vmm_fail(VMM_ERR_INVALID, operation,
+                            "dimension %d has size %lld: every dimension but the axis must be "
+                            "at least 1",
+                            i, (long long)spec->shape[i]);
+    unsigned bits = spec->dtype.bits;
+    if (bits < 8 || bits > 128 || bits & (bits - 1) || spec->dtype.lanes != 1)
+        return vmm_fail(VMM_ERR_INVALID, operation,
+                        "elements of %u bits and %u lanes: 8, 16, 32, 64 or 128 bits and 1 "
+                        "lane are possible",
+                        bits, spec->dtype.lanes);
+    if (spec->capacity < 1)
+        return vmm_fail(VMM_ERR_INVALID, operation, "the capacity must be at least 1 row");
+    if ((unsigned)spec->layout > VMM_LAYOUT_C)
+        return vmm_fail(VMM_ERR_INVALID, operation, "unknown layout %d", (int)spec->layout);
+    if (spec->block_bytes != VMM_BLOCK_AUTO && spec->block_bytes % granularity)
+        return vmm_fail(VMM_ERR_INVALID, operation,
+                        "a block size of %zu bytes is not a multiple of the granularity of %s, "
+                        "%zu bytes",
+                        spec->block_bytes, pool->device->name, granularity);
+    return VMM_OK;
+}
+
+static bool times(size_t *value, int64_t factor) {
+    return !__builtin_mul_overflow(*value, (size_t)factor, value);
+}
+
+/* Is a lane made for each index of dimension `d`? */
+static bool is_lane_dimension(const vmm_spec *spec, int d) {
+    switch (spec->layout) {
+    case VMM_LAYOUT_LANE:
+        return d == 0 && spec->axis != 0;
+    case VMM_LAYOUT_C:
+        return d < spec->axis;
+    default:
+        return false;
+    }
+}
+
+/* Rows and lanes in bytes, or false when they do not fit a size_t. */
+static bool measure(vmm_tensor *tensor) {
+    const vmm_spec *spec = &tensor->spec;
+    tensor->n_lanes = 1;
+    tensor->lane_row_bytes = tensor->itemsize;
+    for (int d = 0; d < spec->ndim; d++) {
+        if (d == spec->axis)
+            continue;
+        bool fits = is_lane_dimension(spec, d) ? times(&tensor->n_lanes, spec->shape[d])
+                                               : times(&tensor->lane_row_bytes, spec->shape[d]);
+        if (!fits)
+            return false;
+    }
+    tensor->row_bytes = tensor->lane_row_bytes;
+    return times(&tensor->row_bytes, (int64_t)tensor->n_lanes);
+}
+
+/* From the innermost outwards: what is within a row, the axis, the lanes. */
+static void lay_out(vmm_tensor *tensor) {
+    const vmm_spec *spec = &tensor->spec;
+    int64_t stride = (int64_t)tensor->itemsize;
+    int place = spec->ndim;
+    for (int d = spec->ndim - 1; d >= 0; d--) {
+        if (d == spec->axis || is_lane_dimension(spec, d))
+            continue;
+        tensor->strides[d] = stride;
+        stride *= spec->shape[d];
+        tensor->order[--place] = d;
+    }
+    tensor->strides[spec->axis] = stride;
+    tensor->order[--place] = spec->axis;
+    stride = (int64_t)tensor->range->lane_bytes;
+    for (int d = spec->ndim - 1; d >= 0; d--) {
+        if (d == spec->axis || !is_lane_dimension(spec, d))
+            continue;
+        tensor->strides[d] = stride;
+        stride *= spec->shape[d];
+        tensor->order[--place] = d;
+    }
+}
+
+vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out) {
+    if (!out)
+        return vmm_fail(VMM_ERR_INVALID, "reserve", "out is NULL");
+    *out = NULL;
+    if (!pool || !spec)
+        return vmm_fail(VMM_ERR_INVALID, "reserve", "pool or spec is NULL");
+    if (pool->process != vmm_process)
+        return vmm_fail(VMM_ERR_FORKED, "reserve", "the pool belongs to the parent process");
+    vmm_status status = check_spec(spec, pool);
+    if (status)
+        return status;
+    vmm_tensor *tensor = calloc(1, sizeof *tensor);
+    if (!tensor)
+        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "reserve", "no host memory left");
+    tensor->pool = pool;
+    tensor->process = vmm_process;
+    tensor->references = 1;
+    tensor->spec = *spec;
+    tensor->spec.shape = tensor->row_shape;
+    if (spec->block_bytes == 0)
+        tensor->spec.block_bytes = pool->block_bytes;
+    memcpy(tensor->row_shape, spec->shape, (size_t)spec->ndim * sizeof *spec->shape);
+    tensor->row_shape[spec->axis] = 1;
+    tensor->itemsize = spec->dtype.bits / 8;
+    size_t lane_bytes;
+    if (!measure(tensor) ||
+        __builtin_mul_overflow(tensor->lane_row_bytes, spec->capacity, &lane_bytes)) {
+        status = vmm_fail(VMM_ERR_OVERFLOW, "reserve",
+                          "%zu rows of this shape do not fit the address space", spec->capacity);
+        goto free_tensor;
+    }
+    status = range_create(pool, tensor->n_lanes, lane_bytes, tensor->spec.block_bytes,
+                          tensor->driver_calls, &tensor->range);
+    if (status)
+        goto free_tensor;
+    lay_out(tensor);
+    pthread_mutex_init(&tensor->pin_lock, NULL);
+    *out = tensor;
+    return VMM_OK;
+
+free_tensor:
+    free(tensor);
+    return status;
+}
+
+void tensor_destroy(vmm_tensor *tensor) {
+    pool_put_event(tensor->pool, tensor->event);
+    range_retire(tensor->range);
+    pthread_mutex_destroy(&tensor->pin_lock);
+    free(tensor->waits);
+    free(tensor);
+}
+
+/* ---- mapping and growing ---------------------------------------------------------- */
+
+vmm_status tensor_check(const vmm_tensor *tensor, const char *operation) {
+    if (!tensor)
+        return vmm_fail(VMM_ERR_INVALID, operation, "tensor is NULL");
+    if (tensor->process != vmm_process)
+        return vmm_fail(VMM_ERR_FORKED, operation,
+                        "the tensor belongs to the parent process: its memory is not here");
+    if (tensor->busy)
+        return vmm_fail(VMM_ERR_BUSY, operation,
+                        "the tensor is growing: an out-of-memory callback must leave it alone");
+    return VMM_OK;
+}
+
+vmm_status tensor_fail_capacity(const vmm_tensor *tensor, const char *operation, size_t n_rows) {
+    return vmm_fail(VMM_ERR_CAPACITY, operation,
+                    "%zu more row(s) after %zu exceed the capacity of %zu: reserve a larger "
+                    "one (address space costs no memory)",
+                    n_rows, tensor->length, tensor->spec.capacity);
+}
+
+static void set_mapped(vmm_tensor *tensor) {
+    size_t rows = range_live_bytes(tensor->range) / tensor->lane_row_bytes;
+    if (rows > tensor->spec.capacity)
+        rows = tensor->spec.capacity;
+    __atomic_store_n(&tensor->mapped, rows, __ATOMIC_RELAXED);
+}
+
+void tensor_set_length(vmm_tensor *tensor, size_t n_rows) {
+    __atomic_store_n(&tensor->length, n_rows, __ATOMIC_RELEASE);
+}
+
+vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, bool capturing, range_change *change) {
+    vmm_pool *pool = tensor->pool;
+    size_t lane_bytes = n_rows * tensor->lane_row_bytes;
+    vmm_status status;
+    for (bool again = true;; again = false) {
+        pool_work work;
+        *change = (range_change){.work = &work};
+        pool_work_begin(&work, pool, tensor->driver_calls, !capturing);
+        status = range_extend(change, tensor->range, lane_bytes, true);
+        if (status)
+            range_undo(change);
+        else
+            set_mapped(tensor);
+        pool_work_end(&work);
+        if (status != VMM_ERR_OUT_OF_MEMORY || !again)
+            break;
+        vmm_error shortage = *vmm_last_error();
+        bool freed = pool_run_callbacks(pool, range_missing_bytes(tensor->range, lane_bytes));
+        vmm_fail_again(&shortage);
+        if (!freed)
+            break;
+    }
+    if (status == VMM_ERR_OUT_OF_MEMORY && tensor->n_lanes > 1) {
+        vmm_size_text least;
+        vmm_fail_note("; with %zu lanes of at least one block each this tensor needs %s for its "
+                      "first row: layout 'seq' has one lane",
+                      tensor->n_lanes, vmm_format_bytes(range_least_bytes(tensor->range), &least));
+    }
+    return status;
+}
+
+void tensor_unmap(vmm_tensor *tensor, range_change *change) {
+    pool_work work;
+    if (change->n_marks == 0)
+        return;
+    vmm_undo_begin();
+    pool_work_begin(&work, tensor->pool, tensor->driver_calls, false);
+    change->work = &work;
+    range_undo(change);
+    set_mapped(tensor);
+    pool_work_end(&work);
+    vmm_undo_end();
+}
+
+vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows) {
+    vmm_status status = tensor_check(tensor, "map");
+    if (status)
+        return status;
+    if (n_rows > tensor->spec.capacity)
+        return vmm_fail(VMM_ERR_CAPACITY, "map", "%zu rows exceed the capacity of %zu", n_rows,
+                        tensor->spec.capacity);
+    if (n_rows <= tensor->mapped)
+        return VMM_OK;
+    range_change change;
+    tensor->busy = true;
+    status = tensor_map(tensor, n_rows, false, &change);
+    if (!status)
+        range_commit(&change);
+    tensor->busy = false;
+    return status;
+}
+
+static vmm_status fill_zero(vmm_tensor *tensor, size_t n_rows) {
+    vmm_pool *pool = tensor->pool;
+    vmm_stream stream = tensor->written ? tensor->last_stream : VMM_STREAM_LEGACY;
+    vmm_status status = order_before_write(tensor, stream);
+    uintptr_t first = tensor->range->base + tensor->length * tensor->lane_row_bytes;
+    size_t pitch = tensor->range->lane_bytes, height = tensor->n_lanes;
+    size_t width = n_rows * tensor->lane_row_bytes;
+    if (pitch > INT32_MAX) { /* CUDA's limit: then lane by lane */
+        for (size_t lane = 0; lane < height && !status; lane++)
+            status = DRIVER(pool, tensor->driver_calls, fill, first + lane * pitch, width, width,
+                            1, stream);
+    } else if (!status) {
+        status = DRIVER(pool, tensor->driver_calls, fill, first, pitch, width, height, stream);
+    }
+    if (!status)
+        order_after_write(tensor, stream);
+    return status;
+}
+
+/* What grow does when it cannot just count: map, zero. */
+static vmm_status grow_slowly(vmm_tensor *tensor, size_t n_rows) {
+    range_change change = {0};
+    vmm_status status = VMM_OK;
+    tensor->busy = true;
+    if (n_rows > tensor->mapped - tensor->length)
+        status = tensor_map(tensor, tensor->length + n_rows, false, &change);
+    if (!status && tensor->spec.zero) {
+        status = fill_zero(tensor, n_rows);
+        if (status)
+            tensor_unmap(tensor, &change);
+    }
+    if (!status)
+        range_commit(&change);
+    tensor->busy = false;
+    return status;
+}
+
+vmm_status vmm_grow(vmm_tensor *tensor, size_t n_rows, void **out) {
+    vmm_status status = tensor_check(tensor, "grow");
+    if (status)
+        return status;
+    size_t length = tensor->length;
+    if (n_rows > tensor->spec.capacity - length)
+        return tensor_fail_capacity(tensor, "grow", n_rows);
+    if (n_rows > tensor->mapped - length || (tensor->spec.zero && n_rows)) {
+        status = grow_slowly(tensor, n_rows);
+        if (status)
+            return status;
+    }
+    if (out)
+        *out = (void *)(tensor->range->base + length * tensor->lane_row_bytes);
+    tensor_set_length(tensor, length + n_rows);
+    return VMM_OK;
+}
+
+vmm_status vmm_truncate(vmm_tensor *tensor, size_t n_rows, vmm_stream stream) {
+    vmm_status status = tensor_check(tensor, "truncate");
+    if (status)
+        return status;
+    if (n_rows > tensor->length)
+        return vmm_fail(VMM_ERR_INVALID, "truncate",
+                        "%zu rows are more than the length, %zu: grow() adds rows", n_rows,
+                        tensor->length);
+    size_t pinned = n_rows < tensor->length ? vmm_pinned_rows(tensor) : 0;
+    if (pinned > n_rows)
+        return vmm_fail(VMM_ERR_PINNED, "truncate",
+                        "an export covers rows up to %zu: drop it before truncating to %zu", pinned,
+                        n_rows);
+    if (stream != VMM_STREAM_NONE) {
+        status = order_check_stream(tensor, &stream, "truncate");
+        if (!status)
+            status = order_add_wait(tensor, stream);
+        if (status)
+            return status;
+    }
+    tensor_set_length(tensor, n_rows);
+    return VMM_OK;
+}
+
+vmm_status vmm_trim(vmm_tensor *tensor) {
+    vmm_status status = tensor_check(tensor, "trim");
+    if (status)
+        return status;
+    pool_work work;
+    pool_work_begin(&work, tensor->pool, tensor->driver_calls, true);
+    range_trim(tensor->range, tensor->length * tensor->lane_row_bytes);
+    set_mapped(tensor);
+    pool_work_end(&work);
+    return VMM_OK;
+}
+
+vmm_status vmm_fork(vmm_tensor *tensor, size_t n_rows, vmm_tensor **out) {
+    if (!out)
+        return vmm_fail(VMM_ERR_INVALID, "fork", "out is NULL");
+    *out = NULL;
+    vmm_status status = tensor_check(tensor, "fork");
+    if (status)
+        return status;
+    if (n_rows > tensor->length)
+        return vmm_fail(VMM_ERR_INVALID, "fork", "%zu rows are more than the length, %zu", n_rows,
+                        tensor->length);
+    vmm_tensor *copy;
+    status = vmm_reserve(tensor->pool, &tensor->spec, &copy);
+    if (status)
+        return status;
+    int64_t shape[VMM_MAX_NDIM];
+    memcpy(shape, tensor->row_shape, sizeof shape);
+    shape[tensor->spec.axis] = (int64_t)n_rows;
+    vmm_array rows = {
+        .data = (void *)tensor->range->base,
+        .memory = tensor->pool->device->ops->is_async ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST,
+        .device_index = tensor->pool->device->index,
+        .dtype = tensor->spec.dtype,
+        .ndim = tensor->spec.ndim,
+        .shape = shape,
+        .strides = tensor->strides,
+    };
+    vmm_stream stream = tensor->written ? tensor->last_stream : VMM_STREAM_LEGACY;
+    vmm_tensor *const target[] = {copy};
+    tensor->busy = true;
+    status = n_rows ? append_checked(1, target, &rows, stream) : VMM_OK;
+    tensor->busy = false;
+    if (status) {
+        tensor_unreference(copy);
+        return status;
+    }
+    tensor->event_current = false; /* the next write comes after this reading, too */
+    *out = copy;
+    return VMM_OK;
+}
+
+/* ---- what a tensor is ---------------------------------------------------------------- */
+
+void *vmm_base(const vmm_tensor *tensor) {
+    return (void *)tensor->range->base;
+}
+
+size_t vmm_capacity(const vmm_tensor *tensor) {
+    return tensor->spec.capacity;
+}
+
+int vmm_ndim(const vmm_tensor *tensor) {
+    return tensor->spec.ndim;
+}
+
+int vmm_axis(const vmm_tensor *tensor) {
+    return tensor->spec.axis;
+}
+
+const int64_t *vmm_strides(const vmm_tensor *tensor) {
+    return tensor->strides;
+}
+
+const int64_t *vmm_row_shape(const vmm_tensor *tensor) {
+    return tensor->row_shape;
+}
+
+size_t vmm_row_bytes(const vmm_tensor *tensor) {
+    return tensor->row_bytes;
+}
+
+size_t vmm_lane_count(const vmm_tensor *tensor) {
+    return tensor->n_lanes;
+}
+
+size_t vmm_lane_bytes(const vmm_tensor *tensor) {
+    return tensor->range->lane_bytes;
+}
+
+size_t vmm_length(const vmm_tensor *tensor) {
+    return __atomic_load_n(&tensor->length, __ATOMIC_ACQUIRE);
+}
+
+size_t vmm_mapped(const vmm_tensor *tensor) {
+    return __atomic_load_n(&tensor->mapped, __ATOMIC_RELAXED);
+}
+
+vmm_status vmm_stats(const vmm_tensor *tensor, vmm_tensor_stats *out) {
+    if (!tensor || !out)
+        return vmm_fail(VMM_ERR_INVALID, "stats", "tensor or out is NULL");
+    if (tensor->process != vmm_process)
+        return vmm_fail(VMM_ERR_FORKED, "stats", "the tensor belongs to the parent process");
+    *out = (vmm_tensor_stats){.reserved_bytes = tensor->range->bytes};
+    range_count(tensor->range, &out->mapped_bytes, &out->block_count);
+    out->used_bytes = vmm_length(tensor) * tensor->row_bytes;
+    out->slack_bytes = out->mapped_bytes - out->used_bytes;
+    for (int call = 0; call < VMM_CALL_COUNT; call++)
+        out->driver_calls[call] = __atomic_load_n(&tensor->driver_calls[call], __ATOMIC_RELAXED);
+    return VMM_OK;
+}

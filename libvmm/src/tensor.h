@@ -1,0 +1,87 @@
+/* tensor.h - rows, lanes, length: what the files of this layer share.
+ *
+ * tensor.c   what a tensor is, mapping and growing it, giving it up
+ * append.c   copying rows in
+ * order.c    which stream waits for which
+ * pin.c      who still looks at it
+ */
+#ifndef VMM_TENSOR_H
+#define VMM_TENSOR_H
+
+#include "range.h"
+
+struct vmm_pin {
+    vmm_tensor *tensor;
+    size_t n_rows;
+    struct vmm_pin *previous, *next;
+};
+
+struct vmm_tensor {
+    vmm_pool *pool;
+    range *range;
+    uint64_t process;
+
+    /* The spec, completed. */
+    vmm_spec spec; /* its shape points to row_shape */
+    int64_t row_shape[VMM_MAX_NDIM];
+    int64_t strides[VMM_MAX_NDIM];
+    int order[VMM_MAX_NDIM]; /* dimensions by descending stride */
+    size_t itemsize;
+    size_t n_lanes;
+    size_t lane_row_bytes;
+    size_t row_bytes;
+
+    /* Written by the one writer, read by anyone. */
+    size_t length;
+    size_t mapped;
+    bool busy; /* a growth is under way: an out-of-memory callback may call back in */
+
+    /* order.c */
+    bool written;            /* last_stream means something */
+    bool event_current;      /* `event` stands behind the last write */
+    vmm_stream last_stream;  /* of the last write */
+    vmm_stream known_stream; /* the last one found to be of this device */
+    pool_event *event;
+    vmm_stream *waits; /* that the next write must wait for */
+    size_t n_waits;
+
+    /* pin.c */
+    size_t references; /* the owner and the pins; atomic */
+    pthread_mutex_t pin_lock;
+    vmm_pin *pins;
+
+    uint64_t driver_calls[VMM_CALL_COUNT]; /* atomic */
+};
+
+/* May this call change the tensor: it exists, here, and no growth of it is under way. */
+vmm_status tensor_check(const vmm_tensor *tensor, const char *operation);
+
+/* Rows [0, n_rows) become mapped, in a change that is kept or undone by the caller. The
+ * whole sequence of the pool's ways out of a shortage is in here, callbacks too: the caller
+ * has marked the tensor busy. `capturing`: a stream that takes part is being captured. */
+vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, bool capturing, range_change *change);
+void tensor_unmap(vmm_tensor *tensor, range_change *change);
+
+void tensor_set_length(vmm_tensor *tensor, size_t n_rows);
+vmm_status tensor_fail_capacity(const vmm_tensor *tensor, const char *operation, size_t n_rows);
+
+/* Append what has been checked already; see vmm_append_many(). */
+vmm_status append_checked(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
+                          vmm_stream stream);
+
+/* order.c: NULL is the legacy stream; a stream of another device is refused. */
+vmm_status order_check_stream(vmm_tensor *tensor, vmm_stream *stream, const char *operation);
+/* Make `stream` wait for what the next write must come after. */
+vmm_status order_before_write(vmm_tensor *tensor, vmm_stream stream);
+/* The tensor has been written on `stream`. */
+void order_after_write(vmm_tensor *tensor, vmm_stream stream);
+/* The next write waits for `stream`. */
+vmm_status order_add_wait(vmm_tensor *tensor, vmm_stream stream);
+bool order_is_capturing(vmm_tensor *tensor, vmm_stream stream);
+
+/* pin.c */
+void tensor_unreference(vmm_tensor *tensor);
+/* Free it, when the last reference has gone (tensor.c). */
+void tensor_destroy(vmm_tensor *tensor);
+
+#endif /* VMM_TENSOR_H */
