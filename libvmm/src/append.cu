@@ -1,0 +1,157 @@
+/* append.cu - the append kernel: up to 32 copy jobs (append.h) in one launch.
+ *
+ * An append is a few KiB to a few MiB, so what counts is how soon the first byte leaves:
+ * blockIdx.y picks the job, one thread moves one unit while the device has threads for
+ * that, and nothing is shared or waited for. Where a thread has more to do, its loads are
+ * in flight together before the first store. No cache hints: what is appended is read next.
+ *
+ * The job is read where it lies, in the constant bank of the parameters. Everything of a
+ * job is the same for all threads of a block, so no branch on it diverges.
+ */
+#include "append.h"
+
+namespace {
+
+/* Load all units before storing any; only the first n_units of N are there. The others are
+ * set all the same: undefined, they would hold registers from one round of a loop to the next. */
+template <typename Unit, int N>
+__device__ __forceinline__ void move_as(const uint64_t *dst, const uint64_t *src, int n_units) {
+    Unit unit[N];
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        unit[i] = i < n_units ? *(const Unit *)src[i] : Unit();
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        if (i < n_units)
+            *(Unit *)dst[i] = unit[i];
+}
+
+/* Compared by order, since equality would become a jump table: one more read from memory
+ * before the first load. */
+template <int N>
+__device__ __forceinline__ void move(const uint64_t *dst, const uint64_t *src, int n_units,
+                                     uint32_t unit_bytes) {
+    if (__builtin_expect(unit_bytes >= 16, 1))
+        move_as<uint4, N>(dst, src, n_units);
+    else if (unit_bytes >= 8)
+        move_as<uint2, N>(dst, src, n_units);
+    else if (unit_bytes >= 4)
+        move_as<uint32_t, N>(dst, src, n_units);
+    else if (unit_bytes >= 2)
+        move_as<uint16_t, N>(dst, src, n_units);
+    else
+        move_as<uint8_t, N>(dst, src, n_units);
+}
+
+/* Where a unit of a job lies: in which run, in row-major order, and where in it. Dividing
+ * 64 bits costs several times what 32 do, hence Index. */
+template <typename Index, int DIMS, typename Job>
+__device__ __forceinline__ void place(const Job &job, Index unit, uint64_t &dst, uint64_t &src) {
+    Index run = unit / (Index)job.run_units;
+    uint64_t within = (uint64_t)(unit - run * (Index)job.run_units) * job.unit_bytes;
+    dst = job.dst + within;
+    src = job.src + within;
+#pragma unroll
+    for (int d = DIMS - 1; d > 0; d--) {
+        if (d < (int)job.n_outer) {
+            Index outer = run / (Index)job.count[d], i = run - outer * (Index)job.count[d];
+            dst += (int64_t)i * job.dst_stride[d];
+            src += (int64_t)i * job.src_stride[d];
+            run = outer;
+        }
+    }
+    dst += (int64_t)run * job.dst_stride[0];
+    src += (int64_t)run * job.src_stride[0];
+}
+
+__device__ __forceinline__ uint32_t thread_count() {
+    return gridDim.x * VMM_APPEND_BLOCK_THREADS;
+}
+
+__device__ __forceinline__ uint32_t thread_index() {
+    return blockIdx.x * VMM_APPEND_BLOCK_THREADS + threadIdx.x;
+}
+
+/* There is a thread for each unit: the small append, by the shortest way to the load. The
+ * two cases stay apart to the end: merged, their addresses would be of no known space. */
+template <int DIMS, typename Job> __device__ __forceinline__ void copy_one(const Job &job) {
+    const uint32_t unit = thread_index();
+    if (unit >= (uint32_t)job.n_units)
+        return;
+    if (__builtin_expect(job.n_outer == 0, 1)) {
+        const uint64_t offset = (uint64_t)unit * job.unit_bytes;
+        const uint64_t dst = job.dst + offset, src = job.src + offset;
+        move<1>(&dst, &src, 1, job.unit_bytes);
+    } else {
+        uint64_t dst, src;
+        place<uint32_t, DIMS>(job, unit, dst, src);
+        move<1>(&dst, &src, 1, job.unit_bytes);
+    }
+}
+
+/* A single run: no divisions. */
+template <int N, typename Job> __device__ __forceinline__ void copy_dense(const Job &job) {
+    const uint64_t n_bytes = job.n_units * job.unit_bytes;
+    const uint64_t step = (uint64_t)thread_count() * job.unit_bytes;
+    uint64_t offset = (uint64_t)thread_index() * job.unit_bytes;
+#pragma unroll 1
+    while (offset < n_bytes) {
+        uint64_t dst[N], src[N];
+        int n = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            dst[i] = job.dst + offset;
+            src[i] = job.src + offset;
+            if (offset < n_bytes)
+                n = i + 1;
+            offset += step;
+        }
+        move<N>(dst, src, n, job.unit_bytes);
+    }
+}
+
+/* Runs anywhere. */
+template <typename Index, int DIMS, int N, typename Job>
+__device__ __forceinline__ void copy_runs(const Job &job) {
+    const Index n_units = (Index)job.n_units;
+    Index unit = thread_index();
+#pragma unroll 1
+    while (unit < n_units) {
+        uint64_t dst[N], src[N];
+        int n = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (unit < n_units) {
+                place<Index, DIMS>(job, unit, dst[i], src[i]);
+                n = i + 1;
+            }
+            unit += thread_count();
+        }
+        move<N>(dst, src, n, job.unit_bytes);
+    }
+}
+
+/* A thread that has several units moves 4 at a time, or N where finding their places takes
+ * registers. 32-bit indices leave room for the last step beyond the end. */
+template <int DIMS, int N, typename Job> __device__ __forceinline__ void copy(const Job &job) {
+    if (__builtin_expect(job.n_units <= thread_count(), 1))
+        copy_one<DIMS>(job);
+    else if (job.n_outer == 0)
+        copy_dense<4>(job);
+    else if (job.n_units <= (uint64_t)1 << 31)
+        copy_runs<uint32_t, DIMS, N>(job);
+    else
+        copy_runs<uint64_t, DIMS, 1>(job);
+}
+
+} // namespace
+
+extern "C" __global__ void __launch_bounds__(VMM_APPEND_BLOCK_THREADS)
+    vmm_append_kernel(const vmm_append_args args) {
+    copy<VMM_APPEND_DIMS, 2>(args.job[blockIdx.y]);
+}
+
+extern "C" __global__ void __launch_bounds__(VMM_APPEND_BLOCK_THREADS)
+    vmm_append_kernel_wide(const vmm_append_args_wide args) {
+    copy<VMM_APPEND_DIMS_WIDE, 1>(args.job[blockIdx.y]);
+}
