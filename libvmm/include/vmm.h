@@ -146,7 +146,8 @@ typedef enum vmm_device_kind {
  * left as it was found. Opening a device twice gives the same device, counted.
  * Returns VMM_ERR_INVALID (a name of another form), VMM_ERR_NO_DRIVER,
  * VMM_ERR_NO_DEVICE, VMM_ERR_UNSUPPORTED (a GPU without virtual memory management),
- * VMM_ERR_DRIVER. Thread-safe. */
+ * VMM_ERR_FORKED (a GPU in a child of a process that uses CUDA), VMM_ERR_DRIVER.
+ * Thread-safe. */
 VMM_API vmm_status vmm_device_open(const char *name, vmm_device **out);
 
 /* Gives one opening back. Pools keep their device for themselves, so the order of

@@ -155,7 +155,6 @@ static vmm_status add_job(batch *batch, const copy_plan *plan) {
 static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors,
                             const vmm_array *sources, vmm_stream stream) {
     vmm_status status = VMM_OK;
-    bool must_wait = false;
     batch batch;
     batch.stream = stream;
     batch.n_jobs = batch.n_jobs_wide = 0;
@@ -169,7 +168,6 @@ static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors,
             pool_count(tensor->pool, tensor->driver_calls, VMM_CALL_copy);
             copy_plan_run(&plan);
         } else if (sources[i].memory == VMM_MEMORY_HOST) {
-            must_wait = true;
             status = copy_plan_send(&plan, tensor->pool, tensor->driver_calls, stream);
         } else {
             if (batch.n_jobs + batch.n_jobs_wide == 0) {
@@ -183,14 +181,6 @@ static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors,
         status = launch_narrow(&batch);
     if (!status)
         status = launch_wide(&batch);
-    /* A pinned source is read after the call has returned: wait until it has been. Also
-     * after a failure, for the copies before it. */
-    if (must_wait) {
-        vmm_status waited = DRIVER(tensors[0]->pool, tensors[0]->driver_calls,
-                                   stream_synchronize, stream);
-        if (!status)
-            status = waited;
-    }
     return status;
 }
 

@@ -12,56 +12,57 @@
 
 namespace {
 
-/* Load all units before storing any; only the first n_units of N are there. The others are
- * set all the same: undefined, they would hold registers from one round of a loop to the next. */
-template <typename Unit, int N>
-__device__ __forceinline__ void move_as(const uint64_t *dst, const uint64_t *src, int n_units) {
+/* Load all units before storing any; only the first n of N are there. The others are set
+ * all the same: undefined, they would hold registers from one round of a loop to the next.
+ * Offsets, and bases read from the parameters, let the compiler see global memory. */
+template <typename Unit, int N, typename Job>
+__device__ __forceinline__ void move_as(const Job &job, const int64_t *dst_offset,
+                                        const int64_t *src_offset, int n) {
     Unit unit[N];
 #pragma unroll
     for (int i = 0; i < N; i++)
-        unit[i] = i < n_units ? *(const Unit *)src[i] : Unit();
+        unit[i] = i < n ? *(const Unit *)((const char *)job.src + src_offset[i]) : Unit();
 #pragma unroll
     for (int i = 0; i < N; i++)
-        if (i < n_units)
-            *(Unit *)dst[i] = unit[i];
+        if (i < n)
+            *(Unit *)((char *)job.dst + dst_offset[i]) = unit[i];
 }
 
 /* Compared by order, since equality would become a jump table: one more read from memory
  * before the first load. */
-template <int N>
-__device__ __forceinline__ void move(const uint64_t *dst, const uint64_t *src, int n_units,
-                                     uint32_t unit_bytes) {
-    if (__builtin_expect(unit_bytes >= 16, 1))
-        move_as<uint4, N>(dst, src, n_units);
-    else if (unit_bytes >= 8)
-        move_as<uint2, N>(dst, src, n_units);
-    else if (unit_bytes >= 4)
-        move_as<uint32_t, N>(dst, src, n_units);
-    else if (unit_bytes >= 2)
-        move_as<uint16_t, N>(dst, src, n_units);
+template <int N, typename Job>
+__device__ __forceinline__ void move(const Job &job, const int64_t *dst_offset,
+                                     const int64_t *src_offset, int n) {
+    if (__builtin_expect(job.unit_bytes >= 16, 1))
+        move_as<uint4, N>(job, dst_offset, src_offset, n);
+    else if (job.unit_bytes >= 8)
+        move_as<uint2, N>(job, dst_offset, src_offset, n);
+    else if (job.unit_bytes >= 4)
+        move_as<uint32_t, N>(job, dst_offset, src_offset, n);
+    else if (job.unit_bytes >= 2)
+        move_as<uint16_t, N>(job, dst_offset, src_offset, n);
     else
-        move_as<uint8_t, N>(dst, src, n_units);
+        move_as<uint8_t, N>(job, dst_offset, src_offset, n);
 }
 
 /* Where a unit of a job lies: in which run, in row-major order, and where in it. Dividing
  * 64 bits costs several times what 32 do, hence Index. */
 template <typename Index, int DIMS, typename Job>
-__device__ __forceinline__ void place(const Job &job, Index unit, uint64_t &dst, uint64_t &src) {
+__device__ __forceinline__ void place(const Job &job, Index unit, int64_t &dst_offset,
+                                      int64_t &src_offset) {
     Index run = unit / (Index)job.run_units;
-    uint64_t within = (uint64_t)(unit - run * (Index)job.run_units) * job.unit_bytes;
-    dst = job.dst + within;
-    src = job.src + within;
+    dst_offset = src_offset = (int64_t)(unit - run * (Index)job.run_units) * job.unit_bytes;
 #pragma unroll
     for (int d = DIMS - 1; d > 0; d--) {
         if (d < (int)job.n_outer) {
             Index outer = run / (Index)job.count[d], i = run - outer * (Index)job.count[d];
-            dst += (int64_t)i * job.dst_stride[d];
-            src += (int64_t)i * job.src_stride[d];
+            dst_offset += (int64_t)i * job.dst_stride[d];
+            src_offset += (int64_t)i * job.src_stride[d];
             run = outer;
         }
     }
-    dst += (int64_t)run * job.dst_stride[0];
-    src += (int64_t)run * job.src_stride[0];
+    dst_offset += (int64_t)run * job.dst_stride[0];
+    src_offset += (int64_t)run * job.src_stride[0];
 }
 
 __device__ __forceinline__ uint32_t thread_count() {
@@ -72,41 +73,36 @@ __device__ __forceinline__ uint32_t thread_index() {
     return blockIdx.x * VMM_APPEND_BLOCK_THREADS + threadIdx.x;
 }
 
-/* There is a thread for each unit: the small append, by the shortest way to the load. The
- * two cases stay apart to the end: merged, their addresses would be of no known space. */
+/* There is a thread for each unit: the small append, by the shortest way to the load. */
 template <int DIMS, typename Job> __device__ __forceinline__ void copy_one(const Job &job) {
     const uint32_t unit = thread_index();
+    int64_t dst_offset, src_offset;
     if (unit >= (uint32_t)job.n_units)
         return;
-    if (__builtin_expect(job.n_outer == 0, 1)) {
-        const uint64_t offset = (uint64_t)unit * job.unit_bytes;
-        const uint64_t dst = job.dst + offset, src = job.src + offset;
-        move<1>(&dst, &src, 1, job.unit_bytes);
-    } else {
-        uint64_t dst, src;
-        place<uint32_t, DIMS>(job, unit, dst, src);
-        move<1>(&dst, &src, 1, job.unit_bytes);
-    }
+    if (__builtin_expect(job.n_outer == 0, 1))
+        dst_offset = src_offset = (int64_t)unit * job.unit_bytes;
+    else
+        place<uint32_t, DIMS>(job, unit, dst_offset, src_offset);
+    move<1>(job, &dst_offset, &src_offset, 1);
 }
 
 /* A single run: no divisions. */
 template <int N, typename Job> __device__ __forceinline__ void copy_dense(const Job &job) {
-    const uint64_t n_bytes = job.n_units * job.unit_bytes;
-    const uint64_t step = (uint64_t)thread_count() * job.unit_bytes;
-    uint64_t offset = (uint64_t)thread_index() * job.unit_bytes;
+    const int64_t n_bytes = (int64_t)(job.n_units * job.unit_bytes);
+    const int64_t step = (int64_t)thread_count() * job.unit_bytes;
+    int64_t offset = (int64_t)thread_index() * job.unit_bytes;
 #pragma unroll 1
     while (offset < n_bytes) {
-        uint64_t dst[N], src[N];
+        int64_t offsets[N];
         int n = 0;
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            dst[i] = job.dst + offset;
-            src[i] = job.src + offset;
+            offsets[i] = offset;
             if (offset < n_bytes)
                 n = i + 1;
             offset += step;
         }
-        move<N>(dst, src, n, job.unit_bytes);
+        move<N>(job, offsets, offsets, n);
     }
 }
 
@@ -117,17 +113,17 @@ __device__ __forceinline__ void copy_runs(const Job &job) {
     Index unit = thread_index();
 #pragma unroll 1
     while (unit < n_units) {
-        uint64_t dst[N], src[N];
+        int64_t dst_offset[N], src_offset[N];
         int n = 0;
 #pragma unroll
         for (int i = 0; i < N; i++) {
             if (unit < n_units) {
-                place<Index, DIMS>(job, unit, dst[i], src[i]);
+                place<Index, DIMS>(job, unit, dst_offset[i], src_offset[i]);
                 n = i + 1;
             }
             unit += thread_count();
         }
-        move<N>(dst, src, n, job.unit_bytes);
+        move<N>(job, dst_offset, src_offset, n);
     }
 }
 

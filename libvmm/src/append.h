@@ -5,7 +5,7 @@
  *
  * A job copies `count[0] * ... * count[n_outer-1]` runs of `run_bytes` bytes each. Run
  * (i0, i1, ...) begins at dst + i0*dst_stride[0] + ..., and likewise for src. Dimension 0
- * is the outermost. Everything of a job is a multiple of `unit_bytes` (1, 2, 4, 8 or 16),
+ * is the outermost. With n_outer 0 there is one run of n_units. Everything of a job is a multiple of `unit_bytes` (1, 2, 4, 8 or 16),
  * the size of one access.
  */
 #ifndef VMM_APPEND_H

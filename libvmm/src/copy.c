@@ -1,7 +1,10 @@
 /* copy.c - planning and running the copy of an append. */
 #include "copy.h"
 
+#include <stdlib.h>
 #include <string.h>
+
+#include "error.h"
 
 void copy_plan_make(copy_plan *plan, uintptr_t dst, const int64_t *dst_strides,
                     const int *order, uintptr_t src, const int64_t *src_strides,
@@ -55,28 +58,53 @@ void copy_plan_run(const copy_plan *plan) {
     while (next_run(plan, plan->n_outer, index, &dst, &src));
 }
 
+/* Merge, in the destination, the dimensions that are dense there whatever the source: what
+ * is left are the pieces that one copy of dense data can fill. */
+static copy_plan dense_in_destination(const copy_plan *plan) {
+    copy_plan dense = *plan;
+    while (dense.n_outer > 0 &&
+           dense.dst_stride[dense.n_outer - 1] == (int64_t)dense.run_bytes)
+        dense.run_bytes *= dense.count[--dense.n_outer];
+    return dense;
+}
+
+/* From this size on a piece is worth a copy of its own. */
+#define WORTH_A_COPY ((size_t)64 << 10)
+
 vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tensor_calls,
                           vmm_stream stream) {
-    size_t index[VMM_MAX_NDIM] = {0};
-    uintptr_t dst = plan->dst, src = plan->src;
-    size_t height = 1, dst_pitch = plan->run_bytes, src_pitch = plan->run_bytes;
-    int n = plan->n_outer;
-    /* The innermost outer dimension goes as the rows of a 2-D copy, if its strides can be
-     * pitches: not smaller than a row, and within the 2 GiB that CUDA allows. */
-    if (n > 0 && plan->src_stride[n - 1] >= (int64_t)plan->run_bytes &&
-        plan->src_stride[n - 1] <= INT32_MAX && plan->dst_stride[n - 1] <= INT32_MAX) {
-        n--;
-        height = plan->count[n];
-        dst_pitch = (size_t)plan->dst_stride[n];
-        src_pitch = (size_t)plan->src_stride[n];
+    copy_plan pieces = *plan, gathered = dense_in_destination(plan);
+    char *staging = NULL;
+    if (gathered.n_outer < plan->n_outer && plan->run_bytes < WORTH_A_COPY) {
+        size_t bytes = plan->run_bytes, stride = gathered.run_bytes;
+        copy_plan gather = *plan;
+        for (int i = 0; i < plan->n_outer; i++)
+            bytes *= plan->count[i];
+        staging = malloc(bytes);
+        if (!staging)
+            return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "append",
+                            "no host memory left to gather a strided source");
+        /* The same pieces, one behind the other. */
+        pieces = gathered;
+        pieces.src = gather.dst = (uintptr_t)staging;
+        for (int i = pieces.n_outer - 1; i >= 0; i--) {
+            pieces.src_stride[i] = gather.dst_stride[i] = (int64_t)stride;
+            stride *= pieces.count[i];
+        }
+        copy_plan_run(&gather);
     }
-    do {
-        vmm_status status = DRIVER(pool, tensor_calls, copy, dst, dst_pitch, (const void *)src,
-                                   src_pitch, plan->run_bytes, height, stream);
-        if (status)
-            return status;
-    } while (next_run(plan, n, index, &dst, &src));
-    return VMM_OK;
+    size_t index[VMM_MAX_NDIM] = {0};
+    uintptr_t dst = pieces.dst, src = pieces.src;
+    vmm_status status;
+    do
+        status = DRIVER(pool, tensor_calls, copy, dst, (const void *)src, pieces.run_bytes,
+                        stream);
+    while (!status && next_run(&pieces, pieces.n_outer, index, &dst, &src));
+    /* Pinned memory is read after the call has returned. Also behind a failure: earlier
+     * copies may still be reading. */
+    vmm_status waited = DRIVER(pool, tensor_calls, stream_synchronize, stream);
+    free(staging);
+    return status ? status : waited;
 }
 
 bool copy_plan_is_wide(const copy_plan *plan) {

@@ -27,6 +27,8 @@ void copy_plan_make(copy_plan *plan, uintptr_t dst, const int64_t *dst_strides,
 
 void copy_plan_run(const copy_plan *plan);
 
+/* Copy from host memory by the driver, and wait until it has been read: one copy for each
+ * piece that is dense on both sides, or, where these are many and small, gathered first. */
 vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tensor_calls,
                           vmm_stream stream);
 

@@ -82,30 +82,6 @@ typedef struct CUmemAccessDesc {
     CUmemAccess_flags flags;
 } CUmemAccessDesc;
 
-typedef enum CUmemorytype {
-    CU_MEMORYTYPE_HOST = 1,
-    CU_MEMORYTYPE_DEVICE = 2,
-} CUmemorytype;
-
-typedef struct CUDA_MEMCPY2D {
-    size_t srcXInBytes;
-    size_t srcY;
-    CUmemorytype srcMemoryType;
-    const void *srcHost;
-    CUdeviceptr srcDevice;
-    void *srcArray;
-    size_t srcPitch;
-    size_t dstXInBytes;
-    size_t dstY;
-    CUmemorytype dstMemoryType;
-    void *dstHost;
-    CUdeviceptr dstDevice;
-    void *dstArray;
-    size_t dstPitch;
-    size_t WidthInBytes;
-    size_t Height;
-} CUDA_MEMCPY2D;
-
 typedef enum CUstreamCaptureStatus {
     CU_STREAM_CAPTURE_STATUS_NONE = 0,
     CU_STREAM_CAPTURE_STATUS_ACTIVE = 1,
@@ -134,69 +110,65 @@ typedef CUresult cuGetProcAddress_type(const char *symbol, void **address, int v
 /* Every other entry: X(name, version, need, parameters). `version` is the first CUDA that
  * has the entry with these parameters, which is what cuGetProcAddress is asked for: a later
  * one may give another signature under the same name. */
-#define CUDA_CALLS(X)                                                                       \
-    X(cuGetErrorName, 6000, REQUIRED, (CUresult code, const char **out))                    \
-    X(cuGetErrorString, 6000, REQUIRED, (CUresult code, const char **out))                  \
-    X(cuInit, 2000, REQUIRED, (unsigned flags))                                             \
-    X(cuDriverGetVersion, 2020, REQUIRED, (int *version))                                   \
-    X(cuDeviceGetCount, 2000, REQUIRED, (int *count))                                       \
-    X(cuDeviceGet, 2000, REQUIRED, (CUdevice *device, int index))                           \
-    X(cuDeviceGetName, 2000, REQUIRED, (char *name, int length, CUdevice device))           \
-    X(cuDeviceGetAttribute, 2000, REQUIRED,                                                 \
-      (int *value, CUdevice_attribute attribute, CUdevice device))                          \
-    X(cuDevicePrimaryCtxRetain, 7000, REQUIRED, (CUcontext *context, CUdevice device))      \
-    X(cuCtxGetCurrent, 4000, REQUIRED, (CUcontext *context))                                \
-    X(cuCtxPushCurrent, 4000, REQUIRED, (CUcontext context))                                \
-    X(cuCtxPopCurrent, 4000, REQUIRED, (CUcontext *context))                                \
-    X(cuCtxGetDevice, 2000, REQUIRED, (CUdevice *device))                                   \
-    X(cuCtxSynchronize, 2000, REQUIRED, (void))                                             \
-    X(cuCtxRecordEvent, 12050, OPTIONAL, (CUcontext context, CUevent event))                \
-    X(cuThreadExchangeStreamCaptureMode, 10010, REQUIRED, (CUstreamCaptureMode *mode))      \
-    X(cuMemGetInfo, 3020, REQUIRED, (size_t *free, size_t *total))                          \
-    X(cuMemGetAllocationGranularity, 10020, REQUIRED,                                       \
-      (size_t *granularity, const CUmemAllocationProp *properties,                          \
-       CUmemAllocationGranularity_flags which))                                             \
-    X(cuMemAddressReserve, 10020, REQUIRED,                                                 \
-      (CUdeviceptr *base, size_t bytes, size_t alignment, CUdeviceptr wanted,               \
-       unsigned long long flags))                                                           \
-    X(cuMemAddressFree, 10020, REQUIRED, (CUdeviceptr base, size_t bytes))                  \
-    X(cuMemCreate, 10020, REQUIRED,                                                         \
-      (CUmemGenericAllocationHandle *handle, size_t bytes,                                  \
-       const CUmemAllocationProp *properties, unsigned long long flags))                    \
-    X(cuMemRelease, 10020, REQUIRED, (CUmemGenericAllocationHandle handle))                 \
-    X(cuMemMap, 10020, REQUIRED,                                                            \
-      (CUdeviceptr address, size_t bytes, size_t offset, CUmemGenericAllocationHandle handle, \
-       unsigned long long flags))                                                           \
-    X(cuMemUnmap, 10020, REQUIRED, (CUdeviceptr address, size_t bytes))                     \
-    X(cuMemSetAccess, 10020, REQUIRED,                                                      \
-      (CUdeviceptr address, size_t bytes, const CUmemAccessDesc *access, size_t count))     \
-    X(cuMemcpyHtoDAsync, 3020, REQUIRED,                                                    \
-      (CUdeviceptr dst, const void *src, size_t bytes, CUstream stream))                    \
-    X(cuMemcpy2DAsync, 3020, REQUIRED, (const CUDA_MEMCPY2D *copy, CUstream stream))        \
-    X(cuMemsetD8Async, 3020, REQUIRED,                                                      \
-      (CUdeviceptr dst, unsigned char value, size_t bytes, CUstream stream))                \
-    X(cuMemsetD2D8Async, 3020, REQUIRED,                                                    \
-      (CUdeviceptr dst, size_t pitch, unsigned char value, size_t width, size_t height,     \
-       CUstream stream))                                                                    \
-    X(cuModuleLoadData, 2000, REQUIRED, (CUmodule *module, const void *image))              \
-    X(cuModuleUnload, 2000, REQUIRED, (CUmodule module))                                    \
-    X(cuModuleGetFunction, 2000, REQUIRED,                                                  \
-      (CUfunction *function, CUmodule module, const char *name))                            \
-    X(cuFuncLoad, 12040, OPTIONAL, (CUfunction function))                                   \
-    X(cuLaunchKernel, 4000, REQUIRED,                                                       \
-      (CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,              \
-       unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,         \
-       CUstream stream, void **parameters, void **extra))                                   \
-    X(cuStreamGetCtx, 9020, REQUIRED, (CUstream stream, CUcontext *context))                \
-    X(cuStreamGetCaptureInfo, 11030, REQUIRED,                                              \
-      (CUstream stream, CUstreamCaptureStatus *status, uint64_t *id, void *graph,           \
-       void *dependencies, void *n_dependencies))                                           \
-    X(cuStreamSynchronize, 2000, REQUIRED, (CUstream stream))                               \
-    X(cuStreamWaitEvent, 3020, REQUIRED, (CUstream stream, CUevent event, unsigned flags))  \
-    X(cuEventCreate, 2000, REQUIRED, (CUevent *event, unsigned flags))                      \
-    X(cuEventDestroy, 4000, REQUIRED, (CUevent event))                                      \
-    X(cuEventRecord, 2000, REQUIRED, (CUevent event, CUstream stream))                      \
-    X(cuEventQuery, 2000, REQUIRED, (CUevent event))                                        \
+#define CUDA_CALLS(X)                                                                              \
+    X(cuGetErrorName, 6000, REQUIRED, (CUresult code, const char **out))                           \
+    X(cuGetErrorString, 6000, REQUIRED, (CUresult code, const char **out))                         \
+    X(cuInit, 2000, REQUIRED, (unsigned flags))                                                    \
+    X(cuDriverGetVersion, 2020, REQUIRED, (int *version))                                          \
+    X(cuDeviceGetCount, 2000, REQUIRED, (int *count))                                              \
+    X(cuDeviceGet, 2000, REQUIRED, (CUdevice * device, int index))                                 \
+    X(cuDeviceGetName, 2000, REQUIRED, (char *name, int length, CUdevice device))                  \
+    X(cuDeviceGetAttribute, 2000, REQUIRED,                                                        \
+      (int *value, CUdevice_attribute attribute, CUdevice device))                                 \
+    X(cuDevicePrimaryCtxRetain, 7000, REQUIRED, (CUcontext * context, CUdevice device))            \
+    X(cuCtxGetCurrent, 4000, REQUIRED, (CUcontext * context))                                      \
+    X(cuCtxPushCurrent, 4000, REQUIRED, (CUcontext context))                                       \
+    X(cuCtxPopCurrent, 4000, REQUIRED, (CUcontext * context))                                      \
+    X(cuCtxGetDevice, 2000, REQUIRED, (CUdevice * device))                                         \
+    X(cuCtxSynchronize, 2000, REQUIRED, (void))                                                    \
+    X(cuCtxRecordEvent, 12050, OPTIONAL, (CUcontext context, CUevent event))                       \
+    X(cuThreadExchangeStreamCaptureMode, 10010, REQUIRED, (CUstreamCaptureMode * mode))            \
+    X(cuMemGetInfo, 3020, REQUIRED, (size_t *free, size_t *total))                                 \
+    X(cuMemGetAllocationGranularity, 10020, REQUIRED,                                              \
+      (size_t *granularity, const CUmemAllocationProp *properties,                                 \
+       CUmemAllocationGranularity_flags which))                                                    \
+    X(cuMemAddressReserve, 10020, REQUIRED,                                                        \
+      (CUdeviceptr * base, size_t bytes, size_t alignment, CUdeviceptr wanted,                     \
+       unsigned long long flags))                                                                  \
+    X(cuMemAddressFree, 10020, REQUIRED, (CUdeviceptr base, size_t bytes))                         \
+    X(cuMemCreate, 10020, REQUIRED,                                                                \
+      (CUmemGenericAllocationHandle * handle, size_t bytes, const CUmemAllocationProp *properties, \
+       unsigned long long flags))                                                                  \
+    X(cuMemRelease, 10020, REQUIRED, (CUmemGenericAllocationHandle handle))                        \
+    X(cuMemMap, 10020, REQUIRED,                                                                   \
+      (CUdeviceptr address, size_t bytes, size_t offset, CUmemGenericAllocationHandle handle,      \
+       unsigned long long flags))                                                                  \
+    X(cuMemUnmap, 10020, REQUIRED, (CUdeviceptr address, size_t bytes))                            \
+    X(cuMemSetAccess, 10020, REQUIRED,                                                             \
+      (CUdeviceptr address, size_t bytes, const CUmemAccessDesc *access, size_t count))            \
+    X(cuMemcpyHtoDAsync, 3020, REQUIRED,                                                           \
+      (CUdeviceptr dst, const void *src, size_t bytes, CUstream stream))                           \
+    X(cuMemsetD8Async, 3020, REQUIRED,                                                             \
+      (CUdeviceptr dst, unsigned char value, size_t bytes, CUstream stream))                       \
+    X(cuModuleLoadData, 2000, REQUIRED, (CUmodule * module, const void *image))                    \
+    X(cuModuleUnload, 2000, REQUIRED, (CUmodule module))                                           \
+    X(cuModuleGetFunction, 2000, REQUIRED,                                                         \
+      (CUfunction * function, CUmodule module, const char *name))                                  \
+    X(cuFuncLoad, 12040, OPTIONAL, (CUfunction function))                                          \
+    X(cuLaunchKernel, 4000, REQUIRED,                                                              \
+      (CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,   \
+       unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream,                 \
+       void **parameters, void **extra))                                                           \
+    X(cuStreamGetCtx, 9020, REQUIRED, (CUstream stream, CUcontext * context))                      \
+    X(cuStreamGetCaptureInfo, 11030, REQUIRED,                                                     \
+      (CUstream stream, CUstreamCaptureStatus * status, uint64_t *id, void *graph,                 \
+       void *dependencies, void *n_dependencies))                                                  \
+    X(cuStreamSynchronize, 2000, REQUIRED, (CUstream stream))                                      \
+    X(cuStreamWaitEvent, 3020, REQUIRED, (CUstream stream, CUevent event, unsigned flags))         \
+    X(cuEventCreate, 2000, REQUIRED, (CUevent * event, unsigned flags))                            \
+    X(cuEventDestroy, 4000, REQUIRED, (CUevent event))                                             \
+    X(cuEventRecord, 2000, REQUIRED, (CUevent event, CUstream stream))                             \
+    X(cuEventQuery, 2000, REQUIRED, (CUevent event))                                               \
     X(cuEventSynchronize, 2000, REQUIRED, (CUevent event))
 
 typedef struct cuda_calls {

@@ -46,13 +46,12 @@ typedef struct driver_ops {
     vmm_status (*unmap)(void *state, uintptr_t address, size_t bytes);
     vmm_status (*set_access)(void *state, uintptr_t address, size_t bytes);
 
-    /* Zero `height` pieces of `width` bytes, `pitch` apart. */
-    vmm_status (*fill)(void *state, uintptr_t dst, size_t pitch, size_t width, size_t height,
+    /* Zero bytes, and copy host memory in, on `stream`. One piece in one call: two-dimensional
+     * copies are refused when their rows lie in different blocks. The source of a copy may not
+     * be reused before stream_synchronize. */
+    vmm_status (*fill)(void *state, uintptr_t dst, size_t bytes, vmm_stream stream);
+    vmm_status (*copy)(void *state, uintptr_t dst, const void *src, size_t bytes,
                        vmm_stream stream);
-    /* Copy host memory in; `stream` runs it. The source may not be reused before
-     * stream_synchronize. Pitches are in bytes and at least `width`. */
-    vmm_status (*copy)(void *state, uintptr_t dst, size_t dst_pitch, const void *src,
-                       size_t src_pitch, size_t width, size_t height, vmm_stream stream);
     /* Run the append kernel over jobs, at most VMM_APPEND_JOBS (or _WIDE) of them. */
     vmm_status (*launch)(void *state, const vmm_append_args *args, size_t n_jobs,
                          vmm_stream stream);

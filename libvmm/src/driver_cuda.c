@@ -18,11 +18,8 @@
 #include "error.h"
 #include "process.h"
 
-/* Blocks of the append kernel that one multiprocessor holds at once: 2048 threads. */
-#define BLOCKS_PER_MULTIPROCESSOR (2048 / VMM_APPEND_BLOCK_THREADS)
-/* Two-dimensional copies take no larger pitch (CU_DEVICE_ATTRIBUTE_MAX_PITCH, the same on
- * every GPU). Lanes of a large tensor lie further apart. */
-#define MAX_PITCH ((size_t)INT32_MAX)
+/* Blocks of the append kernel that run at once on one multiprocessor: its registers allow 12. */
+#define BLOCKS_PER_MULTIPROCESSOR 12
 #define SET_ACCESS_ATTEMPTS 8
 
 /* append_image.S */
@@ -71,8 +68,7 @@ static vmm_status status_of(CUresult code) {
 }
 
 /* Record "[cuMemCreate][CUDA_ERROR_OUT_OF_MEMORY] out of memory", then `hint`. */
-static vmm_status fail(vmm_status status, CUresult code, const char *operation,
-                       const char *hint) {
+static vmm_status fail(vmm_status status, CUresult code, const char *operation, const char *hint) {
     const char *name = NULL, *text = NULL;
     driver.calls.cuGetErrorName(code, &name);
     driver.calls.cuGetErrorString(code, &text);
@@ -141,7 +137,7 @@ static const struct entry {
     int need;
     size_t offset;
 } entries[] = {
-#define CUDA_CALL_ENTRY(name, version, need, parameters) \
+#define CUDA_CALL_ENTRY(name, version, need, parameters)                                           \
     {#name, version, need, offsetof(cuda_calls, name)},
     CUDA_CALLS(CUDA_CALL_ENTRY)
 #undef CUDA_CALL_ENTRY
@@ -150,30 +146,48 @@ static const struct entry {
 /* dlsym() and cuGetProcAddress() give functions as pointers to data. */
 #define STORE_FUNCTION(to, address) memcpy((to), &(address), sizeof(address))
 
-static vmm_status resolve_entries(void *library, const char *name) {
-    cuGetProcAddress_v2_type *find_v2;
-    cuGetProcAddress_type *find_v1;
-    void *address_v2 = dlsym(library, "cuGetProcAddress_v2");
-    void *address_v1 = dlsym(library, "cuGetProcAddress");
-    STORE_FUNCTION(&find_v2, address_v2);
-    STORE_FUNCTION(&find_v1, address_v1);
-    if (!find_v2 && !find_v1)
+typedef struct finder {
+    cuGetProcAddress_v2_type *v2;
+    cuGetProcAddress_type *v1;
+} finder;
+
+/* NULL if the driver does not have it, which it says in several ways. */
+static void *find(const finder *finder, const char *name, int version) {
+    const uint64_t flags = CU_GET_PROC_ADDRESS_LEGACY_STREAM;
+    void *address = NULL;
+    int found;
+    CUresult code = finder->v2 ? finder->v2(name, &address, version, flags, &found)
+                               : finder->v1(name, &address, version, flags);
+    return code == CUDA_SUCCESS ? address : NULL;
+}
+
+static vmm_status resolve_entries(void *library, const char *library_name) {
+    finder finder;
+    void *address = dlsym(library, "cuGetProcAddress_v2");
+    STORE_FUNCTION(&finder.v2, address);
+    address = dlsym(library, "cuGetProcAddress");
+    STORE_FUNCTION(&finder.v1, address);
+    /* The version comes first: asking for what is newer is an error. */
+    if (finder.v2 || finder.v1) {
+        address = find(&finder, "cuDriverGetVersion", 2020);
+        STORE_FUNCTION(&driver.calls.cuDriverGetVersion, address);
+    } else {
+        address = NULL;
+    }
+    if (!address || driver.calls.cuDriverGetVersion(&driver.version) != CUDA_SUCCESS)
         return vmm_fail(VMM_ERR_NO_DRIVER, "device_open",
-                        "no CUDA driver: %s is older than CUDA 11.3; device='host' works", name);
+                        "no CUDA driver: %s is no libcuda of CUDA 11.3 or later; "
+                        "device='host' works",
+                        library_name);
     for (size_t i = 0; i < sizeof entries / sizeof entries[0]; i++) {
         const struct entry *entry = &entries[i];
-        void *address = NULL;
-        int found; /* a driver without the entry stores NULL, or fails: the same to us */
-        CUresult code = find_v2 ? find_v2(entry->name, &address, entry->version,
-                                          CU_GET_PROC_ADDRESS_LEGACY_STREAM, &found)
-                                : find_v1(entry->name, &address, entry->version,
-                                          CU_GET_PROC_ADDRESS_LEGACY_STREAM);
-        if (code != CUDA_SUCCESS)
-            address = NULL;
+        address =
+            entry->version <= driver.version ? find(&finder, entry->name, entry->version) : NULL;
         if (!address && entry->need == REQUIRED)
             return vmm_fail(VMM_ERR_NO_DRIVER, "device_open",
-                            "no CUDA driver: %s has no %s of CUDA %d.%d; device='host' works", name,
-                            entry->name, entry->version / 1000, entry->version % 1000 / 10);
+                            "no CUDA driver: %s has no %s of CUDA %d.%d; device='host' works",
+                            library_name, entry->name, entry->version / 1000,
+                            entry->version % 1000 / 10);
         STORE_FUNCTION((char *)&driver.calls + entry->offset, address);
     }
     return VMM_OK;
@@ -195,10 +209,10 @@ static vmm_status load(void) {
     void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
     if (!library) {
         const char *why = dlerror();
-        if (!why || strstr(why, "No such file"))
-            why = "not found";
+        bool is_missing = !why || strstr(why, "No such file");
         return vmm_fail(VMM_ERR_NO_DRIVER, "device_open",
-                        "no CUDA driver: %s %s; device='host' works", name, why);
+                        "no CUDA driver: %s%s; device='host' works", is_missing ? name : why,
+                        is_missing ? " not found" : "");
     }
     vmm_status status = resolve_entries(library, name);
     if (status)
@@ -206,9 +220,6 @@ static vmm_status load(void) {
     CUresult code = driver.calls.cuInit(0);
     if (code != CUDA_SUCCESS)
         return fail(VMM_ERR_NO_DRIVER, code, "cuInit", "; device='host' works");
-    status = CALL(cuDriverGetVersion, &driver.version);
-    if (status)
-        return status;
     driver.process = vmm_process;
     driver.is_loaded = true;
     return VMM_OK;
@@ -287,8 +298,8 @@ static vmm_status retain_device(int index, cuda_device **out) {
     if (!is_supported)
         return vmm_fail(VMM_ERR_UNSUPPORTED, "device_open",
                         "'cuda:%d' does not support virtual memory management", index);
-    found.max_blocks = (n_multiprocessors > 0 ? (unsigned)n_multiprocessors : 1) *
-                       BLOCKS_PER_MULTIPROCESSOR;
+    found.max_blocks =
+        (n_multiprocessors > 0 ? (unsigned)n_multiprocessors : 1) * BLOCKS_PER_MULTIPROCESSOR;
 
     cuda_device *device = malloc(sizeof *device);
     if (!device)
@@ -367,9 +378,9 @@ static vmm_status query_device(const cuda_device *device, vmm_device_info *out) 
         (status = CALL(cuMemGetAllocationGranularity, &out->recommended_bytes, &properties,
                        CU_MEM_ALLOC_GRANULARITY_RECOMMENDED)) ||
         (status = CALL(cuMemGetInfo, &out->free_bytes, &out->total_bytes)) ||
-        (status = CALL(cuDeviceGetAttribute, &out->exportable_handles,
-                       CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
-                       device->device)))
+        (status =
+             CALL(cuDeviceGetAttribute, &out->exportable_handles,
+                  CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, device->device)))
         return status;
     out->driver_version = driver.version;
     snprintf(out->kernel, sizeof out->kernel, "%s", device->kernel_form);
@@ -468,61 +479,17 @@ static vmm_status cuda_set_access(void *state, uintptr_t address, size_t bytes) 
 
 /* ---- Work on streams -------------------------------------------------------------- */
 
-static vmm_status copy_pieces(uintptr_t dst, size_t dst_pitch, const void *src, size_t src_pitch,
-                              size_t width, size_t height, vmm_stream stream) {
-    if (dst_pitch == width && src_pitch == width) {
-        width *= height;
-        height = 1;
-    }
-    if (height > 1 && dst_pitch <= MAX_PITCH && src_pitch <= MAX_PITCH) {
-        const CUDA_MEMCPY2D copy = {
-            .srcMemoryType = CU_MEMORYTYPE_HOST,
-            .srcHost = src,
-            .srcPitch = src_pitch,
-            .dstMemoryType = CU_MEMORYTYPE_DEVICE,
-            .dstDevice = dst,
-            .dstPitch = dst_pitch,
-            .WidthInBytes = width,
-            .Height = height,
-        };
-        return CALL(cuMemcpy2DAsync, &copy, stream);
-    }
-    vmm_status status = VMM_OK;
-    for (size_t i = 0; i < height && !status; i++)
-        status = CALL(cuMemcpyHtoDAsync, dst + i * dst_pitch, (const char *)src + i * src_pitch,
-                      width, stream);
-    return status;
-}
-
-static vmm_status cuda_copy(void *state, uintptr_t dst, size_t dst_pitch, const void *src,
-                            size_t src_pitch, size_t width, size_t height, vmm_stream stream) {
-    visit visit;
-    vmm_status status = enter_relaxed(state, &visit);
-    if (!status)
-        status = leave(&visit,
-                       copy_pieces(dst, dst_pitch, src, src_pitch, width, height, stream));
-    return status;
-}
-
-static vmm_status fill_pieces(uintptr_t dst, size_t pitch, size_t width, size_t height,
-                              vmm_stream stream) {
-    if (pitch == width) {
-        width *= height;
-        height = 1;
-    }
-    if (height > 1 && pitch <= MAX_PITCH)
-        return CALL(cuMemsetD2D8Async, dst, pitch, 0, width, height, stream);
-    vmm_status status = VMM_OK;
-    for (size_t i = 0; i < height && !status; i++)
-        status = CALL(cuMemsetD8Async, dst + i * pitch, 0, width, stream);
-    return status;
-}
-
-static vmm_status cuda_fill(void *state, uintptr_t dst, size_t pitch, size_t width, size_t height,
+static vmm_status cuda_copy(void *state, uintptr_t dst, const void *src, size_t bytes,
                             vmm_stream stream) {
     visit visit;
     vmm_status status = enter_relaxed(state, &visit);
-    return status ? status : leave(&visit, fill_pieces(dst, pitch, width, height, stream));
+    return status ? status : leave(&visit, CALL(cuMemcpyHtoDAsync, dst, src, bytes, stream));
+}
+
+static vmm_status cuda_fill(void *state, uintptr_t dst, size_t bytes, vmm_stream stream) {
+    visit visit;
+    vmm_status status = enter_relaxed(state, &visit);
+    return status ? status : leave(&visit, CALL(cuMemsetD8Async, dst, 0, bytes, stream));
 }
 
 /* One thread for each unit of the largest job, until the device is full: then each takes
@@ -539,9 +506,8 @@ static vmm_status launch(const cuda_device *device, CUfunction kernel, const voi
     void *parameters[] = {(void *)args};
     vmm_status status = enter(device, &visit);
     if (!status)
-        status = leave(&visit,
-                       CALL(cuLaunchKernel, kernel, (unsigned)n_blocks, (unsigned)n_jobs, 1,
-                            VMM_APPEND_BLOCK_THREADS, 1, 1, 0, stream, parameters, NULL));
+        status = leave(&visit, CALL(cuLaunchKernel, kernel, (unsigned)n_blocks, (unsigned)n_jobs, 1,
+                                    VMM_APPEND_BLOCK_THREADS, 1, 1, 0, stream, parameters, NULL));
     return status;
 }
 
@@ -600,8 +566,7 @@ static vmm_status cuda_stream_capture(void *state, vmm_stream stream, uint64_t *
         return status;
     /* The legacy stream cannot say while a stream that it waits for is captured; that is
      * CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, which becomes VMM_ERR_CAPTURING. */
-    status = leave(&visit,
-                   CALL(cuStreamGetCaptureInfo, stream, &capture, &id, NULL, NULL, NULL));
+    status = leave(&visit, CALL(cuStreamGetCaptureInfo, stream, &capture, &id, NULL, NULL, NULL));
     if (status)
         return status;
     if (capture == CU_STREAM_CAPTURE_STATUS_INVALIDATED)
@@ -660,8 +625,7 @@ static vmm_status cuda_event_query(void *state, driver_event event, bool *done) 
         return status;
     CUresult code = driver.calls.cuEventQuery(event);
     *done = code == CUDA_SUCCESS;
-    return leave(&visit,
-                 code == CUDA_ERROR_NOT_READY ? VMM_OK : checked(code, "cuEventQuery"));
+    return leave(&visit, code == CUDA_ERROR_NOT_READY ? VMM_OK : checked(code, "cuEventQuery"));
 }
 
 static vmm_status cuda_event_synchronize(void *state, driver_event event) {

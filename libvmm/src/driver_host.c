@@ -176,11 +176,9 @@ static vmm_status host_set_access(void *state, uintptr_t address, size_t bytes) 
     return VMM_OK;
 }
 
-static vmm_status host_fill(void *state, uintptr_t dst, size_t pitch, size_t width,
-                            size_t height, vmm_stream stream) {
+static vmm_status host_fill(void *state, uintptr_t dst, size_t bytes, vmm_stream stream) {
     (void)state, (void)stream;
-    for (size_t row = 0; row < height; row++)
-        memset((void *)(dst + row * pitch), 0, width);
+    memset((void *)dst, 0, bytes);
     return VMM_OK;
 }
 

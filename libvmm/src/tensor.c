@@ -253,15 +253,9 @@ static vmm_status fill_zero(vmm_tensor *tensor, size_t n_rows) {
     vmm_stream stream = tensor->written ? tensor->last_stream : VMM_STREAM_LEGACY;
     vmm_status status = order_before_write(tensor, stream);
     uintptr_t first = tensor->range->base + tensor->length * tensor->lane_row_bytes;
-    size_t pitch = tensor->range->lane_bytes, height = tensor->n_lanes;
-    size_t width = n_rows * tensor->lane_row_bytes;
-    if (pitch > INT32_MAX) { /* CUDA's limit: then lane by lane */
-        for (size_t lane = 0; lane < height && !status; lane++)
-            status = DRIVER(pool, tensor->driver_calls, fill, first + lane * pitch, width, width,
-                            1, stream);
-    } else if (!status) {
-        status = DRIVER(pool, tensor->driver_calls, fill, first, pitch, width, height, stream);
-    }
+    for (size_t lane = 0; lane < tensor->n_lanes && !status; lane++)
+        status = DRIVER(pool, tensor->driver_calls, fill, first + lane * tensor->range->lane_bytes,
+                        n_rows * tensor->lane_row_bytes, stream);
     if (!status)
         order_after_write(tensor, stream);
     return status;
