@@ -1,0 +1,163 @@
+"""Run every test that this machine can run; `make test` calls this.
+
+C tests are programs, build/tests/c/test_*, each in a process of its own: exit status 0 is
+a pass, 77 a skip (the last line printed says why), anything else a failure. One that takes
+arguments (its main has argc) runs once for each device and gets the device's name; the
+others run once. Devices: host; cuda:0 by the simulated driver; cuda:0 by the real one.
+
+Python tests run by pytest, on the host and the real GPU, then against the simulated
+driver. The hand-off to each framework has a process of its own, since frameworks do not
+always bear one another; they run where memory is what it says, so not on the simulator.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SIMULATOR = ROOT / "build/sim/libcuda.so.1"
+TIMEOUT_S = 600
+# Nothing in these depends on a device.
+DEVICELESS = ("test_packaging.py", "test_ptx.py")
+
+GPU_PROBE = """
+import ctypes, sys
+try:
+    cuda = ctypes.CDLL("libcuda.so.1")
+except OSError:
+    sys.exit("libcuda.so.1 not found")
+count = ctypes.c_int()
+code = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+sys.exit(f"the CUDA driver answers {code}" if code else 0 if count.value else "no CUDA device")
+"""
+
+
+class Totals:
+    def __init__(self):
+        self.passed = self.failed = self.skipped = 0
+
+    def add(self, other):
+        self.passed += other.passed
+        self.failed += other.failed
+        self.skipped += other.skipped
+
+    def __str__(self):
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+
+def environment(**extra):
+    """Ours, with no driver but the one that is asked for."""
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("VMM_CUDA_LIBRARY", "PYVMM_TEST_DEVICE")
+    }
+    return {**clean, **extra}
+
+
+def find_devices():
+    """(label, argument, environment) for each way to run a test that takes a device."""
+    devices = [("host", "host", environment())]
+    simulated = environment(VMM_CUDA_LIBRARY=str(SIMULATOR))
+    devices.append(("cuda:0, simulated", "cuda:0", simulated))
+    probe = subprocess.run([sys.executable, "-c", GPU_PROBE], capture_output=True, text=True)
+    if probe.returncode == 0:
+        devices.append(("cuda:0", "cuda:0", environment()))
+    else:
+        print(f"skipped: tests on a real GPU: {probe.stderr.strip()}")
+    return devices
+
+
+def run_c_test(program, label, arguments, env, totals):
+    name = f"{program.name} ({label})" if label else program.name
+    if not program.exists():
+        totals.failed += 1
+        print(f"FAIL  {name}: was not built")
+        return
+    try:
+        result = subprocess.run(
+            [program, *arguments],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_S,
+        )
+        status, output = result.returncode, result.stdout.decode(errors="replace").strip()
+    except subprocess.TimeoutExpired as error:
+        status = f"still running after {TIMEOUT_S} s"
+        output = (error.stdout or b"").decode(errors="replace").strip()
+    if status == 0:
+        totals.passed += 1
+        print(f"pass  {name}")
+    elif status == 77:
+        totals.skipped += 1
+        print(f"skip  {name}: {output.splitlines()[-1] if output else 'no reason given'}")
+    else:
+        totals.failed += 1
+        print(f"FAIL  {name}: exit status {status}\n{output}")
+
+
+def run_c_tests(devices):
+    totals = Totals()
+    for source in sorted((ROOT / "tests/c").glob("test_*.c")):
+        program = ROOT / "build/tests/c" / source.stem
+        if re.search(r"\bmain\(int argc", source.read_text()):
+            for label, argument, env in devices:
+                run_c_test(program, label, [argument], env, totals)
+        else:
+            run_c_test(program, "", [], environment(), totals)
+    return totals
+
+
+def run_pytest(label, arguments, env):
+    print(f"\n== pytest, {label}", flush=True)
+    report = ROOT / "build/pytest.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", f"--junit-xml={report}", *arguments]
+    status = subprocess.call(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL)
+    totals = Totals()
+    if report.exists():
+        for suite in xml.parse(report).iter("testsuite"):
+            totals.skipped += int(suite.get("skipped"))
+            totals.failed += int(suite.get("failures")) + int(suite.get("errors"))
+            totals.passed += int(suite.get("tests"))
+        totals.passed -= totals.skipped + totals.failed
+    # 5: nothing was collected, as when a module skips itself. Any other status but 0 is a
+    # failure even where the report counts none: a crash leaves no report.
+    if status not in (0, 5) and not totals.failed:
+        print(f"FAIL  pytest, {label}: exit status {status}")
+        totals.failed += 1
+    return totals
+
+
+def run_python_tests(devices):
+    tests = ROOT / "tests/python"
+    handoffs = sorted(tests.glob("test_handoff_*.py"))
+    real = "host and cuda:0" if devices[-1][0] == "cuda:0" else "host"
+    totals = run_pytest(real, [tests, "--ignore-glob=*/test_handoff_*"], environment())
+    for path in handoffs:
+        totals.add(run_pytest(path.stem, [path], environment()))
+    env = environment(VMM_CUDA_LIBRARY=str(SIMULATOR), PYVMM_TEST_DEVICE="sim")
+    ignored = [f"--ignore={tests / name}" for name in DEVICELESS]
+    arguments = [tests, "--ignore-glob=*/test_handoff_*", *ignored]
+    totals.add(run_pytest("simulated cuda:0", arguments, env))
+    return totals
+
+
+def main():
+    sys.stdout.reconfigure(line_buffering=True)
+    if not SIMULATOR.exists():
+        sys.exit("the simulated driver was not built: run the tests by make")
+    devices = find_devices()
+    c_totals = run_c_tests(devices)
+    python_totals = run_python_tests(devices)
+    print(f"\nC tests: {c_totals}\nPython tests: {python_totals}")
+    c_totals.add(python_totals)
+    print(c_totals)
+    return 1 if c_totals.failed or not c_totals.passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
