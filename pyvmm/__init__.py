@@ -1,0 +1,43 @@
+"""Tensors that grow in place, on CUDA virtual memory and on the host.
+
+    t = pyvmm.empty((8, 0, 32, 128), "float16", axis=1, capacity=131072, device="cuda:0")
+    t.append(x)                    # any array, any number of rows along axis 1
+    keys = torch.from_dlpack(t)    # shares memory, as with NumPy, CuPy, JAX, Paddle
+"""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm._device import device_info, devices, library_version
+from pyvmm._error import CapacityError, OutOfMemoryError, VMMError
+from pyvmm._pool import Pool, default_pool
+from pyvmm._tensor import View, VTensor, append_many, empty
+
+__version__ = library_version()
+
+__all__ = [
+    "CapacityError",
+    "OutOfMemoryError",
+    "Pool",
+    "VMMError",
+    "VTensor",
+    "View",
+    "append_many",
+    "default_pool",
+    "device_info",
+    "devices",
+    "empty",
+    "get_include",
+]
+
+
+def get_include() -> str:
+    """The folder that holds vmm.h, for compiling against libvmm."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    installed = os.path.join(package, "include")
+    in_place = os.path.join(os.path.dirname(package), "libvmm", "include")
+    for folder in (installed, in_place):
+        if os.path.exists(os.path.join(folder, "vmm.h")):
+            return folder
+    raise FileNotFoundError(f"vmm.h is neither in {installed} nor in {in_place}")

@@ -1,0 +1,130 @@
+"""python -m pyvmm info | demo"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+
+import pyvmm
+from pyvmm._report import Table, gib, show
+
+FRAMEWORKS = ("numpy", "torch", "cupy-cuda12x", "cupy-cuda13x", "jax", "paddlepaddle")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return info() if options.command == "info" else demo(options)
+    except (ValueError, pyvmm.VMMError) as error:
+        print(f"pyvmm: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m pyvmm", description="Tensors that grow in place: what runs here, and how."
+    )
+    top.add_argument("--version", action="version", version=f"pyvmm {pyvmm.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="info | demo")
+    commands.add_parser("info", help="version, drivers found and why not, devices")
+    demo = commands.add_parser(
+        "demo", help="a decode loop that grows its cache in place, against concatenate"
+    )
+    demo.add_argument("--device", help="host or cuda:N; by default a GPU where there is one")
+    demo.add_argument("--tokens", type=positive, metavar="N", help="tokens to decode")
+    demo.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write time per token against length as a PNG"
+    )
+    return top
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def demo(options: argparse.Namespace) -> int:
+    from pyvmm import _demo
+
+    return _demo.run(options.device, options.tokens, options.plot)
+
+
+def info() -> int:
+    found, missing = find_devices()
+    print(f"pyvmm {pyvmm.__version__}, Python {platform.python_version()}, {installed()}")
+    show(
+        Table(
+            "drivers",
+            ("driver", "found"),
+            [("host", "yes"), ("cuda", "yes" if len(found) > 1 else f"no: {missing}")],
+            align="ll",
+        )
+    )
+    if len(found) > 1 and missing:
+        print(missing)
+    fields = [
+        ("what", [str(device["description"]) for device in found]),
+        ("granularity", [size(device["granularity_bytes"]) for device in found]),
+        ("recommended", [size(device["recommended_bytes"]) for device in found]),
+        ("largest reservation", [size(device["reservable_bytes"]) for device in found]),
+        ("exportable handles", ["yes" if d["exportable_handles"] else "no" for d in found]),
+        ("free memory", [f"{gib(d['free_bytes'])} of {gib(d['total_bytes'])}" for d in found]),
+        ("driver version", [driver_version(device["driver_version"]) for device in found]),
+        ("append kernel", [str(device["kernel"]) for device in found]),
+    ]
+    show(
+        Table(
+            "devices",
+            ("", *(str(device["name"]) for device in found)),
+            [(name, *values) for name, values in fields],
+            align="l" * (1 + len(found)),
+        )
+    )
+    return 0
+
+
+def find_devices() -> tuple[list[dict[str, object]], str]:
+    """What is known of each device, and why there is no (further) GPU."""
+    found: list[dict[str, object]] = [pyvmm.device_info("host")]
+    while True:
+        try:
+            found.append(pyvmm.device_info(f"cuda:{len(found) - 1}"))
+        except pyvmm.VMMError as error:
+            # Behind the last GPU there is none: that is no news.
+            expected = error.status == "VMM_ERR_NO_DEVICE" and len(found) > 1
+            return found, "" if expected else str(error)
+
+
+def installed() -> str:
+    """The frameworks that are installed, without importing them."""
+    names = []
+    for name in FRAMEWORKS:
+        try:
+            names.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return ", ".join(names)
+
+
+def size(n_bytes: object) -> str:
+    value, unit = float(str(n_bytes)), 0
+    while value >= 1024 and unit < 4:
+        value /= 1024
+        unit += 1
+    return f"{value:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+def driver_version(number: object) -> str:
+    version = int(str(number))
+    return f"CUDA {version // 1000}.{version % 1000 // 10}" if version else "none"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

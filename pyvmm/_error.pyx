@@ -1,0 +1,86 @@
+# cython: language_level=3, embedsignature=True
+"""The exceptions of pyvmm, and how a vmm_status becomes one."""
+
+from pyvmm._libvmm cimport (
+    VMM_ERR_CAPACITY,
+    VMM_ERR_DTYPE,
+    VMM_ERR_INVALID,
+    VMM_ERR_OUT_OF_MEMORY,
+    VMM_ERR_OVERFLOW,
+    VMM_ERR_PINNED,
+    VMM_ERR_SHAPE,
+    vmm_error,
+    vmm_last_error,
+    vmm_status,
+    vmm_status_name,
+)
+
+
+class VMMError(Exception):
+    """An operation failed for a reason that is no mistake in its arguments.
+
+    status:      the library's name for it, such as "VMM_ERR_DRIVER"
+    driver_code: the driver's own code (a CUresult, an errno), 0 where it had no part
+    operation:   the driver's call that failed ("cuMemCreate"), else the verb ("append")
+
+    Whatever failed has changed nothing, and may be tried again.
+    """
+
+    __module__ = "pyvmm"
+
+    def __init__(self, message="", status="VMM_ERR_DRIVER", driver_code=0, operation=""):
+        super().__init__(message)
+        self.status = status
+        self.driver_code = driver_code
+        self.operation = operation
+
+
+class OutOfMemoryError(VMMError, MemoryError):
+    """No memory left on the device, or the pool's budget is exhausted."""
+
+    __module__ = "pyvmm"
+
+
+class CapacityError(VMMError, ValueError):
+    """More rows than the capacity, which is fixed when the tensor is made."""
+
+    __module__ = "pyvmm"
+
+
+# Mistakes in the arguments are Python's own exceptions; what is not here is a VMMError.
+cdef dict _PLAIN = {
+    <int>VMM_ERR_INVALID: ValueError,
+    <int>VMM_ERR_SHAPE: ValueError,
+    <int>VMM_ERR_DTYPE: TypeError,
+    <int>VMM_ERR_OVERFLOW: OverflowError,
+    <int>VMM_ERR_PINNED: BufferError,
+}
+cdef dict _OURS = {
+    <int>VMM_ERR_CAPACITY: CapacityError,
+    <int>VMM_ERR_OUT_OF_MEMORY: OutOfMemoryError,
+}
+
+
+cdef object _exception(vmm_status status, str message, int driver_code, str operation):
+    plain = _PLAIN.get(<int>status)
+    if plain is not None:
+        return plain(message)
+    name = vmm_status_name(status).decode()
+    return _OURS.get(<int>status, VMMError)(message, name, driver_code, operation)
+
+
+cdef int raise_last(vmm_status status) except -1 nogil:
+    # Copied before the GIL is taken: what runs then may fail on this thread, too.
+    cdef vmm_error error = vmm_last_error()[0]
+    with gil:
+        raise _exception(
+            status,
+            error.message.decode("utf-8", "replace"),
+            error.driver_code,
+            error.operation.decode("utf-8", "replace") if error.operation else "",
+        )
+
+
+cdef int raise_status(vmm_status status, str operation, str message) except -1:
+    """Raise for a status that this layer found by itself."""
+    raise _exception(status, message, 0, operation)

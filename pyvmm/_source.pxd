@@ -1,0 +1,35 @@
+from cpython.ref cimport PyObject
+from libc.stdint cimport int64_t
+
+from pyvmm._dlpack cimport DLDevice
+from pyvmm._libvmm cimport VMM_MAX_NDIM, vmm_array, vmm_dtype, vmm_stream
+
+
+# What a tensor takes.
+ctypedef struct Target:
+    DLDevice device
+    vmm_dtype dtype
+    int ndim
+    int axis
+    const int64_t *row_shape
+
+
+# What an append reads: `array`, and what has to be given back when it has.
+ctypedef struct Source:
+    vmm_array array
+    int64_t shape[VMM_MAX_NDIM]
+    int64_t strides[VMM_MAX_NDIM]
+    # The stream that the producer works on, where it names one (then not NULL).
+    vmm_stream producer
+    # It was not told, and is on the GPU: the object must live until the append has read it.
+    bint outlives
+    PyObject *capsule
+    Py_buffer buffer
+    bint has_buffer
+
+
+cdef int read_source(object x, const Target *target, vmm_stream stream, Source *out) except -1
+cdef int describe(Source *out, const Target *target, DLDevice device, vmm_dtype dtype, int ndim,
+                  const int64_t *shape, const int64_t *strides, int64_t stride_unit) except -1
+cdef int check_shape(const Source *source, const Target *target) except -1
+cdef void close_source(Source *source) noexcept

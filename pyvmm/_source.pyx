@@ -1,0 +1,357 @@
+# cython: language_level=3, embedsignature=True
+"""Reading what is appended, whatever array it is.
+
+Tried in this order, the fastest first: the exchange table of DLPack 1.3 on x's type,
+__cuda_array_interface__ (for a tensor on a GPU), NumPy arrays by their buffer, __dlpack__,
+other buffers. Nothing here touches an element.
+"""
+
+import sys
+
+import numpy
+
+from cpython.buffer cimport (
+    PyBUF_FORMAT,
+    PyBUF_STRIDES,
+    PyBuffer_Release,
+    PyObject_CheckBuffer,
+    PyObject_GetBuffer,
+)
+from cpython.dict cimport PyDict_GetItem
+from cpython.long cimport PyLong_AsVoidPtr, PyLong_Check, PyLong_FromVoidPtr
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
+from libc.stdint cimport int64_t
+
+from pyvmm._dlpack cimport (
+    DL_CPU,
+    DL_CUDA,
+    DL_CUDA_HOST,
+    DL_CUDA_MANAGED,
+    DLDevice,
+    DLPackExchangeAPI,
+    DLPackExchangeAPIHeader,
+    DLTensor,
+    read_capsule,
+)
+from pyvmm._libvmm cimport (
+    VMM_MAX_NDIM,
+    VMM_MEMORY_DEVICE,
+    VMM_MEMORY_HOST,
+    VMM_STREAM_LEGACY,
+    vmm_dtype,
+    vmm_stream,
+)
+
+from pyvmm._dtypes import element_of, name_of
+
+cdef type _ndarray = numpy.ndarray
+cdef tuple _MAX_VERSION = (1, 0)
+# The kinds of typestr and of the buffer protocol's formats, as DLPack's codes.
+cdef dict _CODES_BY_KIND = {"b": 6, "i": 0, "u": 1, "f": 2, "c": 5}
+cdef dict _CODES_BY_FORMAT = {
+    "?": 6, "b": 0, "h": 0, "i": 0, "l": 0, "q": 0, "n": 0, "B": 1, "H": 1, "I": 1, "L": 1,
+    "Q": 1, "N": 1, "e": 2, "f": 2, "d": 2, "Zf": 5, "Zd": 5,
+}
+
+
+cdef int read_source(object x, const Target *target, vmm_stream stream, Source *out) except -1:
+    """Describe `x` for an append to `target` on `stream`, or on the producer's when NULL.
+
+    Raises TypeError (no array, another dtype), ValueError (another device), BufferError (the
+    producer refuses). Then nothing is held; else close_source() is due."""
+    cdef const DLPackExchangeAPI *table
+    out.producer = NULL
+    out.outlives = False
+    out.capsule = NULL
+    out.has_buffer = False
+
+    table = _exchange_table(type(x))
+    try:
+        if table != NULL:
+            return _read_by_table(x, table, target, out)
+        if target.device.device_type != DL_CPU:
+            interface = getattr(x, "__cuda_array_interface__", None)
+            if interface is not None and _has_plain_type(interface):
+                return _read_interface(x, interface, target, out)
+        if isinstance(x, _ndarray):
+            return _read_buffer(x, target, out)
+        if hasattr(x, "__dlpack__"):
+            return _read_by_dlpack(x, target, stream, out)
+        if PyObject_CheckBuffer(x) and not isinstance(x, numpy.generic):
+            return _read_buffer(x, target, out)
+    except BaseException:
+        close_source(out)
+        raise
+    if hasattr(x, "__cuda_array_interface__"):
+        raise ValueError(f"x is in a GPU's memory and the tensor on {_name(target.device)}: "
+                         "copy it there first")
+    raise TypeError(
+        f"append takes an array (DLPack, __cuda_array_interface__ or a buffer), not "
+        f"{type(x).__name__}: numpy.asarray(x) first"
+    )
+
+
+cdef void close_source(Source *source) noexcept:
+    if source.has_buffer:
+        source.has_buffer = False
+        PyBuffer_Release(&source.buffer)
+    Py_XDECREF(source.capsule)
+    source.capsule = NULL
+
+
+cdef str _name(DLDevice device):
+    if device.device_type == DL_CUDA:
+        return f"cuda:{device.device_id}"
+    if device.device_type == DL_CPU:
+        return "host"
+    return f"a device of DLPack's type {device.device_type}"
+
+
+cdef int _check_device(DLDevice device, const Target *target) except -1:
+    """May an append read memory of that device?"""
+    cdef bint is_here
+    if target.device.device_type == DL_CPU:
+        is_here = device.device_type == DL_CPU or device.device_type == DL_CUDA_HOST
+    else:
+        is_here = (
+            device.device_type == DL_CPU
+            or device.device_type == DL_CUDA_HOST
+            or device.device_type == DL_CUDA_MANAGED
+            or (device.device_type == DL_CUDA and device.device_id == target.device.device_id)
+        )
+    if not is_here:
+        raise ValueError(f"x is on {_name(device)} and the tensor on {_name(target.device)}: "
+                         "copy it there first")
+    return 0
+
+
+cdef int _check_dtype(vmm_dtype dtype, const Target *target) except -1:
+    if (
+        dtype.code != target.dtype.code
+        or dtype.bits != target.dtype.bits
+        or dtype.lanes != target.dtype.lanes
+    ):
+        raise TypeError(
+            f"x is {name_of(dtype.code, dtype.bits, dtype.lanes)} and the tensor "
+            f"{name_of(target.dtype.code, target.dtype.bits)}: append converts nothing"
+        )
+    return 0
+
+
+cdef int describe(Source *out, const Target *target, DLDevice device, vmm_dtype dtype, int ndim,
+                  const int64_t *shape, const int64_t *strides, int64_t stride_unit) except -1:
+    """Fill `out.array` but for its address. `strides` may be NULL (dense), and count units of
+    `stride_unit` bytes. Shape and strides are copied: an append lets other threads run, and
+    they may change x."""
+    cdef int i
+    _check_device(device, target)
+    _check_dtype(dtype, target)
+    if ndim > VMM_MAX_NDIM:
+        raise ValueError(f"x has {ndim} dimensions and the tensor {target.ndim}")
+    out.array.memory = VMM_MEMORY_HOST
+    out.array.device_index = 0
+    if device.device_type == DL_CUDA or device.device_type == DL_CUDA_MANAGED:
+        out.array.memory = VMM_MEMORY_DEVICE
+        out.array.device_index = target.device.device_id
+    out.array.dtype = dtype
+    out.array.ndim = ndim
+    out.array.shape = out.shape
+    out.array.strides = NULL
+    for i in range(ndim):
+        if shape[i] < 0:
+            raise ValueError(f"x says that its dimension {i} has size {shape[i]}")
+        out.shape[i] = shape[i]
+    if strides != NULL:
+        out.array.strides = out.strides
+        for i in range(ndim):
+            out.strides[i] = strides[i] * stride_unit
+    return 0
+
+
+cdef int check_shape(const Source *source, const Target *target) except -1:
+    """What vmm_append() finds out, too: for when something is done before it is called."""
+    cdef int i
+    if source.array.ndim != target.ndim:
+        raise ValueError(f"x has {source.array.ndim} dimensions and the tensor {target.ndim}")
+    for i in range(target.ndim):
+        if i != target.axis and source.shape[i] != target.row_shape[i]:
+            raise ValueError(f"dimension {i} of x has size {source.shape[i]} and that of the "
+                             f"tensor {target.row_shape[i]}")
+    return 0
+
+
+# ---- the exchange table of DLPack 1.3 ---------------------------------------------
+
+# Found tables by type, as integers; None for a type without.
+cdef dict _tables = {}
+
+
+cdef const DLPackExchangeAPI *_exchange_table(type kind) except? NULL:
+    cdef PyObject *known = PyDict_GetItem(_tables, kind)
+    if known == NULL:
+        _tables[kind] = found = _find_table(kind)
+    else:
+        found = <object>known
+    if found is None:
+        return NULL
+    return <const DLPackExchangeAPI *>PyLong_AsVoidPtr(found)
+
+
+cdef object _find_table(type kind):
+    capsule = getattr(kind, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return None
+    cdef const DLPackExchangeAPIHeader *header = <const DLPackExchangeAPIHeader *>(
+        PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
+    )
+    while header != NULL and header.version.major > 1:
+        header = header.prev_api
+    if header == NULL or header.version.major != 1:
+        return None
+    if (<const DLPackExchangeAPI *>header).dltensor_from_py_object_no_sync == NULL:
+        return None
+    return PyLong_FromVoidPtr(<void *>header)
+
+
+cdef int _read_by_table(object x, const DLPackExchangeAPI *table, const Target *target,
+                        Source *out) except -1:
+    cdef DLTensor tensor
+    table.dltensor_from_py_object_no_sync(<void *>x, &tensor)
+    _read_dltensor(&tensor, target, out)
+    if tensor.device.device_type == DL_CUDA:
+        table.current_work_stream(DL_CUDA, tensor.device.device_id, &out.producer)
+        if out.producer == NULL:
+            out.producer = VMM_STREAM_LEGACY
+    return 0
+
+
+# ---- DLPack capsules --------------------------------------------------------------
+
+cdef int _read_dltensor(const DLTensor *tensor, const Target *target, Source *out) except -1:
+    out.array.data = <const char *>tensor.data + tensor.byte_offset if tensor.data else NULL
+    return describe(out, target, tensor.device, tensor.dtype, tensor.ndim, tensor.shape,
+                    tensor.strides, tensor.dtype.bits // 8)
+
+
+cdef int _read_by_dlpack(object x, const Target *target, vmm_stream stream,
+                         Source *out) except -1:
+    # A producer on a device that we cannot read is not asked to export at all.
+    cdef DLDevice device
+    device.device_type, device.device_id = x.__dlpack_device__()
+    _check_device(device, target)
+    cdef bint on_gpu = device.device_type == DL_CUDA or device.device_type == DL_CUDA_MANAGED
+    if on_gpu:
+        # The producer orders its work before ours, and is told no more: its memory may be
+        # used anew, on a stream of its own, as soon as the export is dropped.
+        asked = PyLong_FromVoidPtr(stream if stream != NULL else VMM_STREAM_LEGACY)
+        out.outlives = True
+        try:
+            capsule = x.__dlpack__(stream=asked, max_version=_MAX_VERSION)
+        except TypeError:
+            capsule = x.__dlpack__(stream=asked)
+    else:
+        try:
+            capsule = x.__dlpack__(max_version=_MAX_VERSION)
+        except TypeError:
+            capsule = x.__dlpack__()
+    Py_INCREF(capsule)
+    out.capsule = <PyObject *>capsule
+    return _read_dltensor(read_capsule(capsule), target, out)
+
+
+# ---- __cuda_array_interface__ -----------------------------------------------------
+
+cdef bint _has_plain_type(object interface) except -1:
+    """Elements such as bfloat16 have no typestr of their own: DLPack can name them."""
+    typestr = interface["typestr"]
+    if not isinstance(typestr, str) or len(typestr) < 3:
+        raise TypeError(f"__cuda_array_interface__ of x has the typestr {typestr!r}")
+    return typestr[1] != "V"
+
+
+cdef int _read_interface(object x, object interface, const Target *target, Source *out) except -1:
+    cdef DLDevice device
+    cdef vmm_dtype dtype
+    cdef int64_t shape[VMM_MAX_NDIM]
+    cdef int64_t strides[VMM_MAX_NDIM]
+    cdef int i, ndim
+    # The interface does not say on which GPU the memory is.
+    device = target.device
+    if hasattr(x, "__dlpack_device__"):
+        device.device_type, device.device_id = x.__dlpack_device__()
+
+    typestr = interface["typestr"]
+    code = _CODES_BY_KIND.get(typestr[1])
+    if code is None or typestr[0] not in _NATIVE_ORDER or not typestr[2:].isdecimal():
+        raise TypeError(f"x has elements of the type {typestr!r}, which append cannot read")
+    dtype.code, dtype.bits, dtype.lanes = code, 8 * int(typestr[2:]), 1
+    if interface.get("mask") is not None:
+        raise TypeError("x is masked: append cannot read the mask")
+
+    sizes, steps = interface["shape"], interface.get("strides")
+    if not isinstance(sizes, tuple) or not (steps is None or isinstance(steps, tuple)):
+        raise TypeError("shape and strides in __cuda_array_interface__ of x must be tuples")
+    if len(sizes) > VMM_MAX_NDIM or (steps is not None and len(steps) != len(sizes)):
+        raise ValueError(f"x has {len(sizes)} dimensions and the tensor {target.ndim}")
+    ndim = len(sizes)
+    for i in range(ndim):
+        shape[i] = sizes[i]
+        strides[i] = steps[i] if steps is not None else 0
+    describe(out, target, device, dtype, ndim, shape, strides if steps is not None else NULL, 1)
+
+    data = interface["data"]
+    if not isinstance(data, tuple) or not PyLong_Check(data[0]):
+        raise TypeError("data in __cuda_array_interface__ of x must be (address, read-only)")
+    out.array.data = PyLong_AsVoidPtr(data[0])
+    if out.array.data == NULL and 0 not in sizes:
+        raise ValueError("x has elements and no address")
+
+    # Without a stream, what wrote x is ordered with the legacy default stream or done.
+    stream = interface.get("stream")
+    out.producer = VMM_STREAM_LEGACY
+    if stream is not None:
+        if not PyLong_Check(stream):
+            raise TypeError(f"x names {stream!r} as its stream")
+        if stream <= 0:
+            raise ValueError(f"x names {stream} as its stream: 1 is the legacy default one")
+        out.producer = PyLong_AsVoidPtr(stream)
+    return 0
+
+
+# ---- buffers ----------------------------------------------------------------------
+
+cdef str _NATIVE_ORDER = "<|=" if sys.byteorder == "little" else ">|="
+
+
+cdef int _read_buffer(object x, const Target *target, Source *out) except -1:
+    cdef vmm_dtype dtype
+    cdef DLDevice host = DLDevice(DL_CPU, 0)
+    element = None
+    try:
+        PyObject_GetBuffer(x, &out.buffer, PyBUF_FORMAT | PyBUF_STRIDES)
+    except ValueError:
+        # NumPy has no format for ml_dtypes' elements: their bits have one.
+        if not isinstance(x, _ndarray):
+            raise
+        element = element_of(x.dtype)
+        x = x.view(f"u{element.bits // 8}")
+        PyObject_GetBuffer(x, &out.buffer, PyBUF_FORMAT | PyBUF_STRIDES)
+    out.has_buffer = True
+    if element is not None:
+        dtype.code, dtype.bits, dtype.lanes = element.code, element.bits, 1
+    else:
+        dtype = _dtype_of_format(out.buffer.format, out.buffer.itemsize)
+    out.array.data = out.buffer.buf
+    return describe(out, target, host, dtype, out.buffer.ndim, <int64_t *>out.buffer.shape,
+                    <int64_t *>out.buffer.strides, 1)
+
+
+cdef vmm_dtype _dtype_of_format(const char *text, Py_ssize_t itemsize) except *:
+    cdef vmm_dtype dtype
+    cdef str format = text.decode() if text != NULL else "B"
+    code = _CODES_BY_FORMAT.get(format.lstrip("@" + _NATIVE_ORDER))
+    if code is None:
+        raise TypeError(f"x has elements of the format {format!r}, which append cannot read")
+    dtype.code, dtype.bits, dtype.lanes = code, 8 * itemsize, 1
+    return dtype

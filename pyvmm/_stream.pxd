@@ -1,0 +1,7 @@
+from pyvmm._libvmm cimport vmm_stream
+from pyvmm._pool cimport Pool
+
+
+cdef int stream_of(object stream, vmm_stream *out) except -1
+cdef int keep_until_read(Pool pool, vmm_stream stream, object owner) except -1
+cdef int drop_what_was_read() except -1
