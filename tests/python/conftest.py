@@ -1,0 +1,118 @@
+"""Which devices the tests run on, and what every test is given and checked for.
+
+PYVMM_TEST_DEVICE
+    unset   "host", and "cuda:0" where a CUDA driver and a GPU are there
+    sim     "cuda:0" on the simulated driver, which VMM_CUDA_LIBRARY names
+    a name  that device alone ("host", "cuda:0")
+"""
+
+import functools
+import gc
+import os
+
+import pytest
+
+import cuda_helper
+import pyvmm
+
+SIMULATED = os.environ.get("PYVMM_TEST_DEVICE") == "sim"
+
+
+def _find_devices():
+    chosen = os.environ.get("PYVMM_TEST_DEVICE")
+    if SIMULATED:
+        return ["cuda:0"]
+    if chosen:
+        return [chosen]
+    try:
+        pyvmm.default_pool("cuda:0")
+    except pyvmm.VMMError as error:
+        if error.status not in ("VMM_ERR_NO_DRIVER", "VMM_ERR_NO_DEVICE"):
+            raise
+        return ["host"]
+    return ["host", "cuda:0"]
+
+
+DEVICES = _find_devices()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "keeps_memory: leaves memory in use in a default pool")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Every device there is, one after the other."""
+    return request.param
+
+
+@pytest.fixture
+def host():
+    if "host" not in DEVICES:
+        pytest.skip("the host is tested without PYVMM_TEST_DEVICE")
+    return "host"
+
+
+@pytest.fixture
+def cuda():
+    if "cuda:0" not in DEVICES:
+        pytest.skip("no CUDA device; PYVMM_TEST_DEVICE=sim runs this on the simulated driver")
+    return "cuda:0"
+
+
+@pytest.fixture
+def simulator():
+    """The simulated driver's library, to let its calls fail."""
+    if not SIMULATED:
+        pytest.skip("needs the simulated driver: PYVMM_TEST_DEVICE=sim")
+    library = cuda_helper.load()
+    yield library
+    library.vmm_sim_fail_none()
+
+
+def _in_use():
+    return {name: pyvmm.default_pool(name).stats()["in_use_bytes"] for name in DEVICES}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request):
+    """What a test took from the default pools, it has given back."""
+    before = _in_use()
+    yield
+    if request.node.get_closest_marker("keeps_memory"):
+        return
+    if _in_use() != before:
+        gc.collect()  # only then, for it takes longer than most tests
+    left = {name: n_bytes - before[name] for name, n_bytes in _in_use().items()}
+    assert not any(n_bytes > 0 for n_bytes in left.values()), left
+
+
+@pytest.fixture
+def make_pool(device):
+    """Pools of the test's own. Closing them fails if the test left a tensor behind."""
+    made = []
+
+    def make(**arguments):
+        made.append(pyvmm.Pool(device, **arguments))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        try:
+            pool.close()
+        except pyvmm.VMMError:
+            gc.collect()
+            pool.close()
+
+
+@pytest.fixture
+def pool(make_pool):
+    return make_pool()
+
+
+@pytest.fixture
+def empty(device):
+    """pyvmm.empty() on the device; by default 1000 rows of four float32."""
+    return functools.partial(
+        pyvmm.empty, shape=(0, 4), dtype="float32", axis=0, capacity=1000, device=device
+    )
