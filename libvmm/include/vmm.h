@@ -387,8 +387,8 @@ typedef struct vmm_array {
  * VMM_ERR_OUT_OF_MEMORY, VMM_ERR_CAPTURING (a host source while `stream` is captured),
  * VMM_ERR_DRIVER, VMM_ERR_BUSY, VMM_ERR_FORKED.
  * Cost within mapped rows: for a device source one kernel launch and nothing else; for a
- * host source that is dense, one copy, the wait for it, and the question whether `stream` is
- * being captured. Beyond: vmm_map()'s. A stream seen for the first time is checked once. */
+ * host source one copy for each lane, the wait for them, and the question whether `stream`
+ * is being captured. Beyond: vmm_map()'s. A stream seen for the first time is checked once. */
 VMM_API vmm_status vmm_append(vmm_tensor *tensor, const vmm_array *source, vmm_stream stream);
 
 /* vmm_append_many() - append to several tensors of one device at once: all or none.

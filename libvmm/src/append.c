@@ -199,7 +199,7 @@ static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
     bool queued = false, capturing;
     for (size_t i = 0; i < n_tensors; i++)
         queued |= pool_has_queue(tensors[i]->pool);
-    capturing = queued && order_is_capturing(tensors[0], stream);
+    capturing = queued && order_may_capture(tensors[0], stream);
     vmm_status status = VMM_OK;
     size_t n_mapped = 0;
     for (size_t i = 0; i < n_tensors; i++)
@@ -277,7 +277,12 @@ vmm_status vmm_append_many(size_t n_tensors, vmm_tensor *const *tensors,
         if (status)
             return status;
     }
-    if (from_host && order_is_capturing(tensors[0], stream))
+    uint64_t capture = 0;
+    if (from_host) /* its copy ends with a wait, which a capture cannot have */
+        status = order_capture_of(tensors[0], stream, &capture);
+    if (status)
+        return status;
+    if (capture)
         return vmm_fail(VMM_ERR_CAPTURING, operation,
                         "host memory cannot be appended while the stream is being captured: "
                         "copy it to the device before");

@@ -28,16 +28,17 @@ vmm_status order_check_stream(vmm_tensor *tensor, vmm_stream *stream, const char
     return status;
 }
 
-static vmm_status capture_of(vmm_tensor *tensor, vmm_stream stream, uint64_t *capture) {
+vmm_status order_capture_of(vmm_tensor *tensor, vmm_stream stream, uint64_t *capture) {
+    *capture = 0;
+    if (!ops_of(tensor)->is_async)
+        return VMM_OK;
     return DRIVER(tensor->pool, tensor->driver_calls, stream_capture, stream, capture);
 }
 
-bool order_is_capturing(vmm_tensor *tensor, vmm_stream stream) {
-    uint64_t capture = 0;
-    if (!ops_of(tensor)->is_async)
-        return false;
-    vmm_undo_begin(); /* "someone captures" is an answer here */
-    vmm_status status = capture_of(tensor, stream, &capture);
+bool order_may_capture(vmm_tensor *tensor, vmm_stream stream) {
+    uint64_t capture;
+    vmm_undo_begin(); /* no answer is an answer here */
+    vmm_status status = order_capture_of(tensor, stream, &capture);
     vmm_undo_end();
     return status || capture != 0;
 }
@@ -47,9 +48,9 @@ bool order_is_capturing(vmm_tensor *tensor, vmm_stream stream) {
 static vmm_status wait_for(vmm_tensor *tensor, vmm_stream stream, vmm_stream producer,
                            pool_event *event, bool *current) {
     uint64_t capture, producer_capture;
-    vmm_status status = capture_of(tensor, stream, &capture);
+    vmm_status status = order_capture_of(tensor, stream, &capture);
     if (!status)
-        status = capture_of(tensor, producer, &producer_capture);
+        status = order_capture_of(tensor, producer, &producer_capture);
     if (status)
         return status;
     if (producer_capture && producer_capture != capture)

@@ -77,7 +77,9 @@ vmm_status order_before_write(vmm_tensor *tensor, vmm_stream stream);
 void order_after_write(vmm_tensor *tensor, vmm_stream stream);
 /* The next write waits for `stream`. */
 vmm_status order_add_wait(vmm_tensor *tensor, vmm_stream stream);
-bool order_is_capturing(vmm_tensor *tensor, vmm_stream stream);
+/* The capture that `stream` is part of, 0 for none; and whether a fence must be avoided. */
+vmm_status order_capture_of(vmm_tensor *tensor, vmm_stream stream, uint64_t *capture);
+bool order_may_capture(vmm_tensor *tensor, vmm_stream stream);
 
 /* pin.c */
 void tensor_unreference(vmm_tensor *tensor);
