@@ -5,6 +5,7 @@ VENV ?= .venv
 PREFIX ?= /usr/local
 LIBDIR ?= $(PREFIX)/lib
 WITH ?=
+ARGS ?=
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 SOVERSION := 0
@@ -56,7 +57,7 @@ help:
 	@echo 'make test-inplace the same, then the tests with that interpreter'
 	@echo 'make lint         clang-format, ruff, cython-lint, mypy, warnings; make format mends'
 	@echo 'make dist         dist/: an sdist, and a wheel that needs no compiler'
-	@echo 'make bench-c      the C benchmarks'
+	@echo 'make bench-c      the C benchmarks; ARGS="cuda:0 --out FOLDER"'
 	@echo 'make ptx          regenerate libvmm/src/append.ptx (needs nvcc 13.0.88)'
 	@echo 'make venv, clean  the virtual environment alone; remove what was built'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) CC=$(CC) NVCC=PATH or nothing'
@@ -212,7 +213,7 @@ build/benchmarks/%: benchmarks/%.c build/libvmm.so
 	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
 
 bench-c: $(C_BENCHES)
-	@for bench in $(C_BENCHES); do echo "== $$bench"; $$bench || exit 1; done
+	@for bench in $(C_BENCHES); do echo "== $$bench"; $$bench $(ARGS) || exit 1; done
 
 -include $(wildcard build/obj/*.d build/tests/c/*.d build/benchmarks/*.d)
 

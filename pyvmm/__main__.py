@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pyvmm
-from pyvmm._report import Table, gib, show
+from pyvmm._report import Table, show
 
 FRAMEWORKS = ("numpy", "torch", "cupy-cuda12x", "cupy-cuda13x", "jax", "paddlepaddle")
 
@@ -70,12 +70,12 @@ def info() -> int:
     if len(found) > 1 and missing:
         print(missing)
     fields = [
-        ("what", [str(device["description"]) for device in found]),
+        ("description", [str(device["description"]) for device in found]),
         ("granularity", [size(device["granularity_bytes"]) for device in found]),
         ("recommended", [size(device["recommended_bytes"]) for device in found]),
         ("largest reservation", [size(device["reservable_bytes"]) for device in found]),
         ("exportable handles", ["yes" if d["exportable_handles"] else "no" for d in found]),
-        ("free memory", [f"{gib(d['free_bytes'])} of {gib(d['total_bytes'])}" for d in found]),
+        ("free memory", [f"{size(d['free_bytes'])} of {size(d['total_bytes'])}" for d in found]),
         ("driver version", [driver_version(device["driver_version"]) for device in found]),
         ("append kernel", [str(device["kernel"]) for device in found]),
     ]

@@ -25,6 +25,9 @@ HEADS, DIM = 32, 128
 STRETCHES = 64  # as many points in the plot
 VARIETY = 16  # different rows; token i gets row i modulo this
 
+Shape = tuple[int, int, int, int]
+Rows = tuple[Any, Any]  # of K and of V, for one token
+
 
 @dataclass(frozen=True)
 class Arrays:
@@ -143,7 +146,7 @@ def books(tensors: tuple[pyvmm.VTensor, ...]) -> tuple[int, int, int]:
 
 def grow_in_place(
     tensors: tuple[pyvmm.VTensor, pyvmm.VTensor],
-    rows: list[tuple[Any, Any]],
+    rows: list[Rows],
     tokens: int,
     synchronize: Callable[[], None],
 ) -> list[Point]:
@@ -161,9 +164,7 @@ def grow_in_place(
     return points
 
 
-def concatenate(
-    arrays: Arrays, rows: list[tuple[Any, Any]], tokens: int
-) -> tuple[list[Point], tuple[Any, Any]]:
+def concatenate(arrays: Arrays, rows: list[Rows], tokens: int) -> tuple[list[Point], Rows]:
     points = []
     keys = values = None
     with progress(arrays.label, tokens) as advance:
@@ -184,20 +185,44 @@ def concatenate(
     return points, (keys, values)
 
 
+def warm_up(
+    arrays: Arrays | None, rows: list[Rows], shape: Shape, tokens: int, device: str
+) -> None:
+    """Once through everything that is slow the first time: memory that the machine has not
+    handed out yet, kernels that are loaded at their first launch, allocators."""
+    with (
+        pyvmm.empty(shape, "float16", axis=1, capacity=tokens, device=device) as keys,
+        pyvmm.empty(shape, "float16", axis=1, capacity=tokens, device=device) as values,
+    ):
+        for tensor in (keys, values):
+            tensor.map(tokens)
+        for new in rows[:tokens]:
+            pyvmm.append_many((keys, values), new)
+    if arrays:
+        for new_keys, new_values in rows:
+            arrays.concatenate(new_keys, new_values)
+        arrays.synchronize()
+
+
+def format_ratio(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:,.0f}"
+
+
 def results(in_place: list[Point], moved: list[Point], label: str) -> Table:
+    names = (
+        "tokens",
+        "µs in place",
+        "µs concat",
+        "ratio",
+        "mapped MiB",
+        "used MiB",
+        "driver calls",
+    )
     table = Table(
         "time per token by length of the cache",
-        (
-            "tokens",
-            "append in place µs",
-            f"{label} µs",
-            "ratio",
-            "mapped MiB",
-            "used MiB",
-            "driver calls",
-        ),
-        caption="µs for K and V of one token, the mean of a stretch; "
-        "driver calls so far, the copies themselves not counted",
+        names,
+        caption=f"µs for K and V of one token, means over {in_place[0].length} tokens; concat: "
+        f"{label}; driver calls so far, the copies themselves not counted",
     )
     n = len(in_place)
     for i in sorted({max(n * k // 16 - 1, 0) for k in (1, 2, 4, 8, 12, 16)}):
@@ -205,7 +230,7 @@ def results(in_place: list[Point], moved: list[Point], label: str) -> Table:
         other = ratio = "-"
         if moved:
             other = f"{moved[i].microseconds:.1f}"
-            ratio = f"{moved[i].microseconds / point.microseconds:.0f}"
+            ratio = format_ratio(moved[i].microseconds / point.microseconds)
         table.rows.append(
             (
                 f"{point.length}",
@@ -237,16 +262,19 @@ def run(device: str | None, tokens: int | None, plot: Path | None) -> int:
 
     shape = (batch, 1, HEADS, DIM)
     generator = np.random.default_rng(1)
-    rows = []
-    for _ in range(VARIETY):
-        pair = [generator.standard_normal(shape, np.float32).astype(np.float16) for _ in "KV"]
-        rows.append(tuple(arrays.on_device(new) if arrays else new for new in pair))
+    on_device = arrays.on_device if arrays else lambda array: array
+
+    def new_row() -> Any:
+        return on_device(generator.standard_normal(shape, np.float32).astype(np.float16))
+
+    rows = [(new_row(), new_row()) for _ in range(VARIETY)]
     print(
         f"pyvmm {pyvmm.__version__} on {device} ({info['description']}): K and V of one layer, "
         f"float16, batch {batch}, {HEADS} heads of {DIM}, {tokens} tokens"
     )
 
     empty_shape = (batch, 0, HEADS, DIM)
+    warm_up(arrays, rows, empty_shape, tokens, device)
     with (
         pyvmm.empty(empty_shape, "float16", axis=1, capacity=tokens, device=device) as keys,
         pyvmm.empty(empty_shape, "float16", axis=1, capacity=tokens, device=device) as values,
@@ -257,7 +285,7 @@ def run(device: str | None, tokens: int | None, plot: Path | None) -> int:
         )
         if arrays is None:
             print(f"nothing to compare with on {device}: {reason}")
-            show(results(in_place, [], "concatenate"))
+            show(results(in_place, [], "none"))
             finish(plot, in_place, [], "", info["description"])
             return 0
         moved, caches = concatenate(arrays, rows, tokens)

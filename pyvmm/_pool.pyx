@@ -33,6 +33,7 @@ from pyvmm._libvmm cimport (
     vmm_status,
 )
 
+from pyvmm._error import VMMError
 from pyvmm._sizes import byte_count
 
 
@@ -172,7 +173,10 @@ cdef class Pool:
     def __repr__(self):
         if self.handle == NULL:
             return f"<pyvmm.Pool of {self.device_name}, closed>"
-        stats = self.stats()
+        try:
+            stats = self.stats()
+        except VMMError as error:
+            return f"<pyvmm.Pool of {self.device_name}: {error}>"
         budget = "" if self.budget is None else f" of at most {self.budget}"
         return (
             f"<pyvmm.Pool of {self.device_name}, block_size={self.asked_block_size}: "

@@ -32,6 +32,7 @@ def show(table: Table) -> None:
         box=rich.box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
+        padding=(0, 1),
     )
     for column, side in zip(table.columns, align, strict=True):
         made.add_column(column, justify="left" if side == "l" else "right", overflow="fold")
@@ -91,7 +92,3 @@ def _plain_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
     yield advance
     print(f"\r{label}: done" if live else f"{label}: done", flush=True)
-
-
-def gib(n_bytes: object) -> str:
-    return f"{float(str(n_bytes)) / 2**30:.1f} GiB"

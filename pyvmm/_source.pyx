@@ -10,6 +10,7 @@ import sys
 
 import numpy
 
+cimport cython
 from cpython.buffer cimport (
     PyBUF_FORMAT,
     PyBUF_STRIDES,
@@ -60,15 +61,14 @@ cdef int read_source(object x, const Target *target, vmm_stream stream, Source *
 
     Raises TypeError (no array, another dtype), ValueError (another device), BufferError (the
     producer refuses). Then nothing is held; else close_source() is due."""
-    cdef const DLPackExchangeAPI *table
+    cdef _Table table = _table_of(type(x))
     out.producer = NULL
     out.outlives = False
     out.capsule = NULL
     out.has_buffer = False
 
-    table = _exchange_table(type(x))
     try:
-        if table != NULL:
+        if table is not None:
             return _read_by_table(x, table, target, out)
         if target.device.device_type != DL_CPU:
             interface = getattr(x, "__cuda_array_interface__", None)
@@ -183,22 +183,28 @@ cdef int check_shape(const Source *source, const Target *target) except -1:
 
 # ---- the exchange table of DLPack 1.3 ---------------------------------------------
 
-# Found tables by type, as integers; None for a type without.
+@cython.final
+cdef class _Table:
+    """A type's exchange table, and what it does not tell and __dlpack__() would refuse."""
+    cdef const DLPackExchangeAPI *api
+    cdef bint of_torch
+    cdef bint of_paddle
+
+
+# By type; None for a type without a table.
 cdef dict _tables = {}
 
 
-cdef const DLPackExchangeAPI *_exchange_table(type kind) except? NULL:
+cdef _Table _table_of(type kind):
     cdef PyObject *known = PyDict_GetItem(_tables, kind)
     if known == NULL:
         _tables[kind] = found = _find_table(kind)
-    else:
-        found = <object>known
-    if found is None:
-        return NULL
-    return <const DLPackExchangeAPI *>PyLong_AsVoidPtr(found)
+        return found
+    return <_Table>known
 
 
-cdef object _find_table(type kind):
+cdef _Table _find_table(type kind):
+    cdef _Table table
     capsule = getattr(kind, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return None
@@ -209,21 +215,37 @@ cdef object _find_table(type kind):
         header = header.prev_api
     if header == NULL or header.version.major != 1:
         return None
-    if (<const DLPackExchangeAPI *>header).dltensor_from_py_object_no_sync == NULL:
+    table = _Table.__new__(_Table)
+    table.api = <const DLPackExchangeAPI *>header
+    if table.api.dltensor_from_py_object_no_sync == NULL:
         return None
-    return PyLong_FromVoidPtr(<void *>header)
+    table.of_torch = hasattr(kind, "requires_grad") and hasattr(kind, "is_neg")
+    table.of_paddle = hasattr(kind, "stop_gradient")
+    return table
 
 
-cdef int _read_by_table(object x, const DLPackExchangeAPI *table, const Target *target,
-                        Source *out) except -1:
+cdef int _read_by_table(object x, _Table table, const Target *target, Source *out) except -1:
     cdef DLTensor tensor
-    table.dltensor_from_py_object_no_sync(<void *>x, &tensor)
+    if table.of_torch and x.requires_grad or table.of_paddle and not x.stop_gradient:
+        raise BufferError("x requires gradients, which an append does not record: x.detach() first")
+    table.api.dltensor_from_py_object_no_sync(<void *>x, &tensor)
     _read_dltensor(&tensor, target, out)
+    if table.of_torch and _is_lazy(x, &tensor):
+        raise BufferError("x is conjugated or negated only when it is read: x.resolve_conj() or "
+                          "x.resolve_neg() first")
     if tensor.device.device_type == DL_CUDA:
-        table.current_work_stream(DL_CUDA, tensor.device.device_id, &out.producer)
+        table.api.current_work_stream(DL_CUDA, tensor.device.device_id, &out.producer)
         if out.producer == NULL:
             out.producer = VMM_STREAM_LEGACY
     return 0
+
+
+cdef bint _is_lazy(object x, const DLTensor *tensor) except -1:
+    """Does torch change the elements of x on the way out? It conjugates complex numbers, and
+    negates the imaginary parts of such: those are never dense, but for a last size of 1."""
+    if tensor.dtype.code == 5:
+        return x.is_conj()
+    return (tensor.ndim == 0 or tensor.shape[tensor.ndim - 1] == 1) and x.is_neg()
 
 
 # ---- DLPack capsules --------------------------------------------------------------

@@ -6,8 +6,9 @@ arguments (its main has argc) runs once for each device and gets the device's na
 others run once. Devices: host; cuda:0 by the simulated driver; cuda:0 by the real one.
 
 Python tests run by pytest, on the host and the real GPU, then against the simulated
-driver. The hand-off to each framework has a process of its own, since frameworks do not
-always bear one another; they run where memory is what it says, so not on the simulator.
+driver; skips are told in a line for each reason. The hand-off to each framework has a
+process of its own, since frameworks do not always bear one another; they run where memory
+is what it says, so not on the simulator.
 """
 
 import os
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as xml
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,15 +117,19 @@ def run_pytest(label, arguments, env):
     print(f"\n== pytest, {label}", flush=True)
     report = ROOT / "build/pytest.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", f"--junit-xml={report}", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", f"--junit-xml={report}", *arguments]
     status = subprocess.call(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL)
     totals = Totals()
+    reasons = Counter()
     if report.exists():
         for suite in xml.parse(report).iter("testsuite"):
             totals.skipped += int(suite.get("skipped"))
             totals.failed += int(suite.get("failures")) + int(suite.get("errors"))
             totals.passed += int(suite.get("tests"))
+            reasons.update(skip.get("message") for skip in suite.iter("skipped"))
         totals.passed -= totals.skipped + totals.failed
+    for reason, count in reasons.most_common():
+        print(f"skip  {count} test{'s' * (count > 1)}: {reason}")
     # 5: nothing was collected, as when a module skips itself. Any other status but 0 is a
     # failure even where the report counts none: a crash leaves no report.
     if status not in (0, 5) and not totals.failed:

@@ -112,6 +112,7 @@ typedef struct batch {
     vmm_pool *pool;
     uint64_t *tensor_calls; /* of the first tensor: a launch is counted once */
     vmm_stream stream;
+    bool submitted; /* a launch or a copy, whatever came after it */
     size_t n_jobs, n_jobs_wide;
     vmm_append_args args;
     vmm_append_args_wide args_wide;
@@ -120,9 +121,12 @@ typedef struct batch {
 static vmm_status launch_narrow(batch *batch) {
     size_t n_jobs = batch->n_jobs;
     batch->n_jobs = 0;
-    return n_jobs ? DRIVER(batch->pool, batch->tensor_calls, launch, &batch->args, n_jobs,
-                           batch->stream)
-                  : VMM_OK;
+    if (n_jobs == 0)
+        return VMM_OK;
+    vmm_status status =
+        DRIVER(batch->pool, batch->tensor_calls, launch, &batch->args, n_jobs, batch->stream);
+    batch->submitted |= !status;
+    return status;
 }
 
 static vmm_status launch_wide(batch *batch) {
@@ -132,7 +136,10 @@ static vmm_status launch_wide(batch *batch) {
         return VMM_OK;
     vmm_device *device = batch->pool->device;
     pool_count(batch->pool, batch->tensor_calls, VMM_CALL_launch);
-    return device->ops->launch_wide(device->state, &batch->args_wide, n_jobs, batch->stream);
+    vmm_status status =
+        device->ops->launch_wide(device->state, &batch->args_wide, n_jobs, batch->stream);
+    batch->submitted |= !status;
+    return status;
 }
 
 static vmm_status add_job(batch *batch, const copy_plan *plan) {
@@ -151,12 +158,14 @@ static vmm_status add_job(batch *batch, const copy_plan *plan) {
     return status;
 }
 
-/* Copy every source's rows behind its tensor's length. */
+/* Copy every source's rows behind its tensor's length. `submitted`: the device has been given
+ * some of it, whatever is returned. */
 static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors,
-                            const vmm_array *sources, vmm_stream stream) {
+                            const vmm_array *sources, vmm_stream stream, bool *submitted) {
     vmm_status status = VMM_OK;
     batch batch;
     batch.stream = stream;
+    batch.submitted = false;
     batch.n_jobs = batch.n_jobs_wide = 0;
     for (size_t i = 0; i < n_tensors && !status; i++) {
         vmm_tensor *tensor = tensors[i];
@@ -168,7 +177,8 @@ static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors,
             pool_count(tensor->pool, tensor->driver_calls, VMM_CALL_copy);
             copy_plan_run(&plan);
         } else if (sources[i].memory == VMM_MEMORY_HOST) {
-            status = copy_plan_send(&plan, tensor->pool, tensor->driver_calls, stream);
+            status = copy_plan_send(&plan, tensor->pool, tensor->driver_calls, stream,
+                                    &batch.submitted);
         } else {
             if (batch.n_jobs + batch.n_jobs_wide == 0) {
                 batch.pool = tensor->pool;
@@ -181,6 +191,7 @@ static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors,
         status = launch_narrow(&batch);
     if (!status)
         status = launch_wide(&batch);
+    *submitted = batch.submitted;
     return status;
 }
 
@@ -188,7 +199,7 @@ static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors,
 
 /* Map what is missing, then copy; on failure unmap it again. */
 static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
-                               const vmm_array *sources, vmm_stream stream) {
+                               const vmm_array *sources, vmm_stream stream, bool *submitted) {
     range_change one, *changes = &one;
     if (n_tensors > 1) {
         changes = malloc(n_tensors * sizeof *changes);
@@ -214,12 +225,12 @@ static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
     if (status)
         n_mapped--; /* tensor_map() has undone its own */
     else
-        status = copy_rows(n_tensors, tensors, sources, stream);
+        status = copy_rows(n_tensors, tensors, sources, stream, submitted);
     while (n_mapped-- > 0) {
         if (!status)
             range_commit(&changes[n_mapped]);
         else
-            tensor_unmap(tensors[n_mapped], &changes[n_mapped]);
+            tensor_unmap(tensors[n_mapped], &changes[n_mapped], *submitted);
     }
     for (size_t i = 0; i < n_tensors; i++)
         tensors[i]->busy = false;
@@ -238,18 +249,20 @@ vmm_status append_checked(size_t n_tensors, vmm_tensor *const *tensors, const vm
             return status;
         mapping |= rows_of(tensor, &sources[i]) > tensor->mapped - tensor->length;
     }
-    vmm_status status = mapping ? map_and_copy(n_tensors, tensors, sources, stream)
-                                : copy_rows(n_tensors, tensors, sources, stream);
-    if (status)
-        return status;
+    bool submitted = false;
+    vmm_status status =
+        mapping ? map_and_copy(n_tensors, tensors, sources, stream, &submitted)
+                : copy_rows(n_tensors, tensors, sources, stream, &submitted);
     for (size_t i = 0; i < n_tensors; i++) {
         size_t n_rows = rows_of(tensors[i], &sources[i]);
         if (n_rows == 0)
             continue;
-        order_after_write(tensors[i], stream);
-        tensor_set_length(tensors[i], tensors[i]->length + n_rows);
+        if (submitted)
+            order_after_write(tensors[i], stream);
+        if (!status)
+            tensor_set_length(tensors[i], tensors[i]->length + n_rows);
     }
-    return VMM_OK;
+    return status;
 }
 
 vmm_status vmm_append_many(size_t n_tensors, vmm_tensor *const *tensors,

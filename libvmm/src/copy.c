@@ -72,7 +72,7 @@ static copy_plan dense_in_destination(const copy_plan *plan) {
 #define WORTH_A_COPY ((size_t)64 << 10)
 
 vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tensor_calls,
-                          vmm_stream stream) {
+                          vmm_stream stream, bool *submitted) {
     copy_plan pieces = *plan, gathered = dense_in_destination(plan);
     char *staging = NULL;
     if (gathered.n_outer < plan->n_outer && plan->run_bytes < WORTH_A_COPY) {
@@ -96,14 +96,17 @@ vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tenso
     size_t index[VMM_MAX_NDIM] = {0};
     uintptr_t dst = pieces.dst, src = pieces.src;
     vmm_status status;
-    do
+    do {
         status = DRIVER(pool, tensor_calls, copy, dst, (const void *)src, pieces.run_bytes,
                         stream);
-    while (!status && next_run(&pieces, pieces.n_outer, index, &dst, &src));
+        *submitted |= !status;
+    } while (!status && next_run(&pieces, pieces.n_outer, index, &dst, &src));
     /* Pinned memory is read after the call has returned. Also behind a failure: earlier
      * copies may still be reading. */
     vmm_status waited = DRIVER(pool, tensor_calls, stream_synchronize, stream);
-    free(staging);
+    /* A stream that cannot be waited for may still be reading: better lost than reused. */
+    if (!waited)
+        free(staging);
     return status ? status : waited;
 }
 

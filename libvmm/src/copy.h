@@ -28,9 +28,10 @@ void copy_plan_make(copy_plan *plan, uintptr_t dst, const int64_t *dst_strides,
 void copy_plan_run(const copy_plan *plan);
 
 /* Copy from host memory by the driver, and wait until it has been read: one copy for each
- * piece that is dense on both sides, or, where these are many and small, gathered first. */
+ * piece that is dense on both sides, or, where these are many and small, gathered first.
+ * Sets `submitted` once the device has been given any of it, also when it fails then. */
 vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tensor_calls,
-                          vmm_stream stream);
+                          vmm_stream stream, bool *submitted);
 
 bool copy_plan_is_wide(const copy_plan *plan);
 void copy_plan_to_job(const copy_plan *plan, vmm_append_job *out);

@@ -43,6 +43,13 @@ bool order_may_capture(vmm_tensor *tensor, vmm_stream stream) {
     return status || capture != 0;
 }
 
+/* The wait would draw the waiting stream into the producer's capture. */
+static vmm_status fail_captured(void) {
+    return vmm_fail(VMM_ERR_CAPTURING, "handoff",
+                    "the work to wait for is part of a capture: only streams of the same capture "
+                    "can wait for it before the graph runs");
+}
+
 /* `stream` waits for what `producer` has been given so far. With `current` the event
  * already stands behind it. */
 static vmm_status wait_for(vmm_tensor *tensor, vmm_stream stream, vmm_stream producer,
@@ -54,9 +61,7 @@ static vmm_status wait_for(vmm_tensor *tensor, vmm_stream stream, vmm_stream pro
     if (status)
         return status;
     if (producer_capture && producer_capture != capture)
-        return vmm_fail(VMM_ERR_CAPTURING, "handoff",
-                        "the last write is part of a capture: only streams of the same capture "
-                        "can wait for it before the graph runs");
+        return fail_captured();
     if (!*current) {
         status = DRIVER(tensor->pool, tensor->driver_calls, event_record, event->event, producer);
         if (status)
@@ -229,6 +234,8 @@ vmm_status vmm_stream_wait(vmm_device *device, vmm_stream waiter, vmm_stream pro
         status = ops->stream_capture(device->state, producer, &producer_capture);
     if (status)
         return status;
+    if (producer_capture && producer_capture != waiter_capture)
+        return fail_captured();
     status = ops->event_create(device->state, &event);
     if (status)
         return status;

@@ -267,13 +267,15 @@ void range_commit(range_change *change) {
     change->n_marks = change->room = 0;
 }
 
-void range_undo(range_change *change) {
+void range_undo(range_change *change, bool touched) {
     vmm_undo_begin();
     while (change->n_marks > 0) {
         range_mark *mark = &change->marks[--change->n_marks];
         range *range = mark->range;
         range_lane *lane = &range->lanes[mark->lane];
         make_stale(range, lane, mark->n_live);
+        if (touched)
+            continue;
         /* No work of the device has seen what this change mapped, so no fence is needed. A
          * block that cannot be unmapped keeps those before it mapped, too: all are parked. */
         vmm_status status = VMM_OK;

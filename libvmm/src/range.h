@@ -59,9 +59,10 @@ typedef struct range_change {
  * undo it. Under work. */
 vmm_status range_extend(range_change *change, range *range, size_t lane_bytes, bool wait);
 
-/* End a change: keep it, or put everything back as it was. Under work. */
+/* End a change: keep it, or put everything back as it was. Under work. `touched`: work on
+ * the new blocks may have been submitted, so they wait for a fence like any others. */
 void range_commit(range_change *change);
-void range_undo(range_change *change);
+void range_undo(range_change *change, bool touched);
 
 /* Make stale what lies beyond the blocks that hold the first `lane_bytes` bytes of each
  * lane. Under work. */

@@ -196,7 +196,7 @@ vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, bool capturing, range_c
         pool_work_begin(&work, pool, tensor->driver_calls, !capturing);
         status = range_extend(change, tensor->range, lane_bytes, true);
         if (status)
-            range_undo(change);
+            range_undo(change, false);
         else
             set_mapped(tensor);
         pool_work_end(&work);
@@ -217,14 +217,14 @@ vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, bool capturing, range_c
     return status;
 }
 
-void tensor_unmap(vmm_tensor *tensor, range_change *change) {
+void tensor_unmap(vmm_tensor *tensor, range_change *change, bool touched) {
     pool_work work;
     if (change->n_marks == 0)
         return;
     vmm_undo_begin();
     pool_work_begin(&work, tensor->pool, tensor->driver_calls, false);
     change->work = &work;
-    range_undo(change);
+    range_undo(change, touched);
     set_mapped(tensor);
     pool_work_end(&work);
     vmm_undo_end();
@@ -248,15 +248,18 @@ vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows) {
     return status;
 }
 
-static vmm_status fill_zero(vmm_tensor *tensor, size_t n_rows) {
-    vmm_pool *pool = tensor->pool;
+/* Zero the rows behind the length. `submitted`: something has been, whatever is returned. */
+static vmm_status fill_zero(vmm_tensor *tensor, size_t n_rows, bool *submitted) {
     vmm_stream stream = tensor->written ? tensor->last_stream : VMM_STREAM_LEGACY;
     vmm_status status = order_before_write(tensor, stream);
     uintptr_t first = tensor->range->base + tensor->length * tensor->lane_row_bytes;
-    for (size_t lane = 0; lane < tensor->n_lanes && !status; lane++)
-        status = DRIVER(pool, tensor->driver_calls, fill, first + lane * tensor->range->lane_bytes,
+    for (size_t lane = 0; lane < tensor->n_lanes && !status; lane++) {
+        status = DRIVER(tensor->pool, tensor->driver_calls, fill,
+                        first + lane * tensor->range->lane_bytes,
                         n_rows * tensor->lane_row_bytes, stream);
-    if (!status)
+        *submitted |= !status;
+    }
+    if (*submitted)
         order_after_write(tensor, stream);
     return status;
 }
@@ -269,9 +272,10 @@ static vmm_status grow_slowly(vmm_tensor *tensor, size_t n_rows) {
     if (n_rows > tensor->mapped - tensor->length)
         status = tensor_map(tensor, tensor->length + n_rows, false, &change);
     if (!status && tensor->spec.zero) {
-        status = fill_zero(tensor, n_rows);
+        bool submitted = false;
+        status = fill_zero(tensor, n_rows, &submitted);
         if (status)
-            tensor_unmap(tensor, &change);
+            tensor_unmap(tensor, &change, submitted);
     }
     if (!status)
         range_commit(&change);

@@ -60,7 +60,8 @@ vmm_status tensor_check(const vmm_tensor *tensor, const char *operation);
  * whole sequence of the pool's ways out of a shortage is in here, callbacks too: the caller
  * has marked the tensor busy. `capturing`: a stream that takes part is being captured. */
 vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, bool capturing, range_change *change);
-void tensor_unmap(vmm_tensor *tensor, range_change *change);
+/* Undo that change; `touched` as in range_undo(). */
+void tensor_unmap(vmm_tensor *tensor, range_change *change, bool touched);
 
 void tensor_set_length(vmm_tensor *tensor, size_t n_rows);
 vmm_status tensor_fail_capacity(const vmm_tensor *tensor, const char *operation, size_t n_rows);
@@ -73,7 +74,8 @@ vmm_status append_checked(size_t n_tensors, vmm_tensor *const *tensors, const vm
 vmm_status order_check_stream(vmm_tensor *tensor, vmm_stream *stream, const char *operation);
 /* Make `stream` wait for what the next write must come after. */
 vmm_status order_before_write(vmm_tensor *tensor, vmm_stream stream);
-/* The tensor has been written on `stream`. */
+/* The tensor has been written on `stream`: also when only a part of the work was submitted
+ * before a failure, since that part still runs. */
 void order_after_write(vmm_tensor *tensor, vmm_stream stream);
 /* The next write waits for `stream`. */
 vmm_status order_add_wait(vmm_tensor *tensor, vmm_stream stream);

@@ -348,8 +348,11 @@ static inline void model_append(model *m, vmm_dtype dtype, size_t n_rows, vmm_me
     int64_t shape[VMM_MAX_NDIM];
     uint32_t first = last_number + 1;
     uint8_t *host = make_rows(m->tensor, first, n_rows);
-    vmm_array source = {
-        .data = host, .memory = memory, .dtype = dtype, .ndim = vmm_ndim(m->tensor), .shape = shape};
+    vmm_array source = {.data = host,
+                        .memory = memory,
+                        .dtype = dtype,
+                        .ndim = vmm_ndim(m->tensor),
+                        .shape = shape};
 
     rows_shape(m->tensor, n_rows, shape);
     last_number += (uint32_t)n_rows;
@@ -471,8 +474,8 @@ static inline void model_check_rows(const model *m, size_t begin, size_t end) {
             for (size_t i = 0; i < post && number; i++) {
                 uint8_t actual = rows[(p * n_rows + r) * post + i];
                 if (actual != row_byte(number, p * post + i))
-                    FAIL("row %zu of %zu, byte %zu: %d, not %d", begin + r, m->length,
-                         p * post + i, actual, row_byte(number, p * post + i));
+                    FAIL("row %zu of %zu, byte %zu: %d, not %d", begin + r, m->length, p * post + i,
+                         actual, row_byte(number, p * post + i));
             }
         }
     free(rows);

@@ -4,8 +4,7 @@
 static const int64_t shape[] = {2, 0, 3, 8}; /* float32: a row of 192 bytes */
 
 static vmm_spec good_spec(void) {
-    return (vmm_spec){
-        .ndim = 4, .shape = shape, .axis = 1, .dtype = VMM_FLOAT32, .capacity = 1000};
+    return (vmm_spec){.ndim = 4, .shape = shape, .axis = 1, .dtype = VMM_FLOAT32, .capacity = 1000};
 }
 
 static void test_reserve(const fixture *f) {

@@ -29,8 +29,8 @@ static void test_exhausted(const fixture *f, size_t block_bytes) {
         CHECK(vmm_last_error()->status == VMM_ERR_OUT_OF_MEMORY);
         CHECK(strstr(vmm_last_error()->message, "budget"));
         /* Under auto the last blocks are small ones, so the budget is used to the end. */
-        CHECK(a.length * 1024 > max_bytes - (block_bytes == VMM_BLOCK_AUTO ? granule
-                                                                           : block_bytes));
+        CHECK(a.length * 1024 >
+              max_bytes - (block_bytes == VMM_BLOCK_AUTO ? granule : block_bytes));
         model_check(&a);
         size_t mapped = vmm_mapped(a.tensor);
         CHECK_STATUS(vmm_grow(b.tensor, 1, NULL), VMM_ERR_OUT_OF_MEMORY);
@@ -62,8 +62,8 @@ static void test_exhausted(const fixture *f, size_t block_bytes) {
 
 typedef struct oom {
     vmm_pool *pool;
-    vmm_tensor *growing;  /* whose calls must be refused meanwhile */
-    vmm_tensor **victim;  /* to be closed, or NULL */
+    vmm_tensor *growing; /* whose calls must be refused meanwhile */
+    vmm_tensor **victim; /* to be closed, or NULL */
     int calls;
     int *order, rank;
     size_t needed_bytes;

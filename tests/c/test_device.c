@@ -76,7 +76,7 @@ static int under_address_limit(void) {
 
 static void test_names(void) {
     static const char *const wrong[] = {
-        "",      "Host",    "hos",    "host:0", "host ",   "cuda:",   "cuda:-1", "cuda:x",
+        "",      "Host",    "hos",     "host:0", "host ",  "cuda:",   "cuda:-1", "cuda:x",
         "cuda0", "cuda:1x", "cuda :0", "gpu",    "CUDA:0", "cuda:+1", "cuda: 1", "cuda:00000"};
     vmm_device *device = NULL;
     char long_name[4000];

@@ -25,8 +25,7 @@ static void test_texts(void) {
         CHECK(vmm_call_name((vmm_call)i)[0]);
     CHECK(strcmp(vmm_call_name(VMM_CALL_map), "map") == 0);
     CHECK(!vmm_call_name(VMM_CALL_COUNT) && !vmm_call_name((vmm_call)-1));
-    CHECK(vmm_version() == VMM_VERSION_MAJOR * 10000 + VMM_VERSION_MINOR * 100 +
-                               VMM_VERSION_PATCH);
+    CHECK(vmm_version() == VMM_VERSION_MAJOR * 10000 + VMM_VERSION_MINOR * 100 + VMM_VERSION_PATCH);
 }
 
 static void *fail_elsewhere(void *user) {

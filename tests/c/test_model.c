@@ -12,14 +12,10 @@ typedef struct arrangement {
 } arrangement;
 
 static const arrangement arrangements[] = {
-    {1, {0}, 0, {2, 32, 1}, 700, 0},
-    {2, {0, 5}, 0, {0, 8, 1}, 900, 1},
-    {2, {3, 0}, 1, {2, 64, 1}, 300, 0},
-    {3, {2, 0, 7}, 1, {2, 16, 1}, 500, 2},
-    {4, {2, 0, 3, 8}, 1, {4, 16, 1}, 400, 0},
-    {4, {2, 3, 0, 8}, 2, {5, 128, 1}, 200, 0},
-    {4, {1, 1, 0, 1}, 2, {6, 8, 1}, 1000, 3},
-    {5, {2, 1, 3, 2, 0}, 4, {0, 32, 1}, 150, 0},
+    {1, {0}, 0, {2, 32, 1}, 700, 0},          {2, {0, 5}, 0, {0, 8, 1}, 900, 1},
+    {2, {3, 0}, 1, {2, 64, 1}, 300, 0},       {3, {2, 0, 7}, 1, {2, 16, 1}, 500, 2},
+    {4, {2, 0, 3, 8}, 1, {4, 16, 1}, 400, 0}, {4, {2, 3, 0, 8}, 2, {5, 128, 1}, 200, 0},
+    {4, {1, 1, 0, 1}, 2, {6, 8, 1}, 1000, 3}, {5, {2, 1, 3, 2, 0}, 4, {0, 32, 1}, 150, 0},
 };
 
 /* Rows that are large enough for the mapping to matter, on a device with large blocks too. */
@@ -46,12 +42,16 @@ static void run(const fixture *f, const arrangement *a, vmm_layout layout, int n
         size_t room = a->capacity - m.length, n;
 
         switch (random_below(&seed, 12)) {
-        case 0: case 1: case 2: case 3:
+        case 0:
+        case 1:
+        case 2:
+        case 3:
             n = random_below(&seed, 4) ? random_below(&seed, 4) : random_below(&seed, 60);
             n = n < room ? n : room;
             model_append(&m, a->dtype, n, random_below(&seed, 2) ? device : VMM_MEMORY_HOST, NULL);
             break;
-        case 4: case 5:
+        case 4:
+        case 5:
             n = random_below(&seed, 30);
             n = n < room ? n : room;
             model_grow(&m, n, random_below(&seed, 4) != 0);
@@ -74,9 +74,7 @@ static void run(const fixture *f, const arrangement *a, vmm_layout layout, int n
             CHECK(vmm_mapped(m.tensor) >= (n > mapped_before ? n : mapped_before));
             break;
         }
-        case 9:
-            CHECK_OK(vmm_trim(m.tensor));
-            break;
+        case 9: CHECK_OK(vmm_trim(m.tensor)); break;
         case 10: {
             model fork = {.fixture = f, .numbers = calloc(a->capacity, sizeof(uint32_t))};
             n = m.length ? random_below(&seed, (uint32_t)m.length + 1) : 0;

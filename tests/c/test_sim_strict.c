@@ -237,6 +237,7 @@ static void free_another_size(void) {
 
 static void host_reads_unmapped(void) {
     mapped();
+    signal(SIGSEGV, SIG_DFL); /* a sanitizer has its own */
     printf("%d\n", *(volatile char *)(uintptr_t)base);
 }
 
@@ -427,6 +428,13 @@ static void call_in_a_callback(void) {
     begin();
     OK(cuLaunchHostFunc(stream, call_driver, NULL));
     sim.vmm_sim_quiesce();
+}
+
+static void use_a_stream_of_another_device(void) {
+    usable();
+    OK(cuDevicePrimaryCtxRetain(&context, 1));
+    OK(cuCtxSetCurrent(context));
+    fill(stream);
 }
 
 static void call_in_a_forked_child(void) {
@@ -753,6 +761,8 @@ static const test_case cases[] = {
     MISUSE(no_init, "called before cuInit"),
     MISUSE(no_context, "no context is current"),
     MISUSE(call_in_a_callback, "called inside a host callback"),
+    {"use_a_stream_of_another_device", use_a_stream_of_another_device, "belongs to device 0",
+     "VMM_SIM_DEVICES", "2"},
     MISUSE(call_in_a_forked_child, "called in a forked child"),
     MISUSE(unmap_without_a_fence, "vmm-sim: late work: cuMemUnmap"),
     MISUSE(unmap_by_luck, "a fence is missing"),

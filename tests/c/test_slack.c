@@ -11,8 +11,8 @@ typedef struct policy {
 
 static void check_slack(const vmm_tensor *t, const policy *p) {
     size_t lanes = vmm_lane_count(t), used = vmm_length(t) * vmm_row_bytes(t) / lanes;
-    size_t bound = p->block_bytes == VMM_BLOCK_AUTO ? used / 8 + p->granularity_bytes
-                                                    : p->block_bytes - 1;
+    size_t bound =
+        p->block_bytes == VMM_BLOCK_AUTO ? used / 8 + p->granularity_bytes : p->block_bytes - 1;
     vmm_tensor_stats stats;
 
     CHECK_OK(vmm_stats(t, &stats));

@@ -23,7 +23,7 @@ static calls count_calls(const vmm_tensor *tensor) {
 }
 
 static void check_calls(int line, const vmm_tensor *tensor, const calls *before, uint64_t launch,
-                         uint64_t record, uint64_t wait) {
+                        uint64_t record, uint64_t wait) {
     calls now = count_calls(tensor);
 
     if (now.launch - before->launch != launch || now.record - before->record != record ||
@@ -167,8 +167,8 @@ static void test_order(const fixture *f) {
     for (int round = 0; round < 3; round++) {
         CHECK_CUDA(cuda()->stream_synchronize(NULL));
         delay(producer);
-        CHECK_CUDA(cuda()->to_device_async((uintptr_t)late.device, late.host, 20 * ROW_BYTES,
-                                           producer));
+        CHECK_CUDA(
+            cuda()->to_device_async((uintptr_t)late.device, late.host, 20 * ROW_BYTES, producer));
         CHECK_OK(vmm_stream_wait(f->device, s[0], producer));
         size_t begin = m.length;
         for (size_t i = 0; i < 20; i++) {
@@ -266,8 +266,7 @@ static void test_capture(const fixture *f, int mode) {
     void *stream = new_stream(), *outside = new_stream(), *graph, *exec;
     int64_t row_shape[] = {1, ROW_BYTES};
     uint8_t host_row[ROW_BYTES] = {0};
-    vmm_array host_source = {
-        .data = host_row, .dtype = VMM_UINT8, .ndim = 2, .shape = row_shape};
+    vmm_array host_source = {.data = host_row, .dtype = VMM_UINT8, .ndim = 2, .shape = row_shape};
 
     CHECK_OK(vmm_pool_create(f->device, 0, 0, &own.pool));
     model m = model_open(&own, &spec), dropped = model_open(&own, &spec);

@@ -135,11 +135,8 @@ static void test_transposed(const fixture *f) {
     int64_t shape[] = {BATCH, HEADS, 0, DIM}, rows[] = {BATCH, HEADS, ROWS, DIM};
     int64_t strides[] = {ROWS * HEADS * DIM * 2, DIM * 2, HEADS * DIM * 2, 2};
     static uint16_t source_data[BATCH][ROWS][HEADS][DIM];
-    vmm_array source = {.data = source_data,
-                        .dtype = VMM_BFLOAT16,
-                        .ndim = 4,
-                        .shape = rows,
-                        .strides = strides};
+    vmm_array source = {
+        .data = source_data, .dtype = VMM_BFLOAT16, .ndim = 4, .shape = rows, .strides = strides};
 
     for (size_t i = 0; i < sizeof source_data / 2; i++)
         ((uint16_t *)source_data)[i] = (uint16_t)(i * 40503u);

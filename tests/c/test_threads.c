@@ -131,8 +131,8 @@ int main(int argc, char **argv) {
     CHECK_SIZE(run(&f), 0);
 
     /* With a budget that is too small for all of them at once. */
-    CHECK_OK(vmm_pool_create(f.device, 0, f.is_cuda ? 10 * f.granularity_bytes : 2 * MIB,
-                             &tight.pool));
+    CHECK_OK(
+        vmm_pool_create(f.device, 0, f.is_cuda ? 10 * f.granularity_bytes : 2 * MIB, &tight.pool));
     CHECK_OK(vmm_pool_on_oom(tight.pool, on_oom, &callbacks));
     size_t refused = run(&tight);
     CHECK(!refused || callbacks);

@@ -18,7 +18,6 @@ import dlpack_struct
 LIBRARY = os.environ.get("VMM_CUDA_LIBRARY") or "libcuda.so.1"
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no order with the legacy default stream
 NOT_READY = 600
-NO_FLAGS = ctypes.c_ulonglong(0)
 
 _HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _context = None
@@ -85,30 +84,30 @@ class Stream:
             raise RuntimeError(f"cuStreamQuery failed with {code}")
         return code == 0
 
-    def begin_capture(self):
-        """In the mode of torch.cuda.graph: nothing unsafe on any thread meanwhile."""
-        with context():
-            call("cuStreamBeginCapture_v2", self.handle, 0)
-
-    def end_capture(self):
-        graph = ctypes.c_void_p()
-        with context():
-            call("cuStreamEndCapture", self.handle, ctypes.byref(graph))
-        return Graph(graph)
-
     def close(self):
         with context():
             call("cuStreamSynchronize", self.handle)
             call("cuStreamDestroy_v2", self.handle)
 
 
-class Graph:
-    """A captured graph, ready to run."""
+class Capture:
+    """What is submitted to a stream within the block becomes a graph, in the mode of
+    torch.cuda.graph: nothing unsafe on any thread meanwhile."""
 
-    def __init__(self, graph):
-        self._graph, self._executable = graph, ctypes.c_void_p()
+    def __init__(self, stream):
+        self._stream = stream
+        self._graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
+
+    def __enter__(self):
         with context():
-            call("cuGraphInstantiateWithFlags", ctypes.byref(self._executable), graph, NO_FLAGS)
+            call("cuStreamBeginCapture_v2", self._stream.handle, 0)
+        return self
+
+    def __exit__(self, *exception):
+        with context():
+            call("cuStreamEndCapture", self._stream.handle, ctypes.byref(self._graph))
+            arguments = ctypes.byref(self._executable), self._graph, ctypes.c_ulonglong(0)
+            call("cuGraphInstantiateWithFlags", *arguments)
 
     def launch(self, stream):
         with context():

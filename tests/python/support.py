@@ -60,10 +60,12 @@ def run_python(code, *, check=True, **environment):
         text=True,
         timeout=120,
     )
-    if check:
-        assert (result.returncode, result.stderr) == (0, ""), result.stdout
-        return result.stdout
-    return result
+    if not check:
+        return result
+    if result.returncode or result.stderr:
+        said = f"{result.stdout}\n{result.stderr}"
+        raise AssertionError(f"the program ended with status {result.returncode}\n{said}")
+    return result.stdout
 
 
 def state(tensor):

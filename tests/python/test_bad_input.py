@@ -77,6 +77,7 @@ def test_capacity_below_the_length(empty):
 def test_size_that_only_the_device_refuses(empty, device):
     """More address space than any machine has: the driver's refusal, by name."""
     pool = pyvmm.default_pool(device)
+    pool.trim(wait=True)
     books = held(pool)
     with pytest.raises(pyvmm.VMMError, match="capacity") as error:
         empty(shape=(0,), dtype="uint8", capacity=1 << 60)

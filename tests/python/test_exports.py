@@ -25,7 +25,6 @@ def tensor(request, empty):
     with empty(shape=SHAPE, axis=1, layout=request.param) as t:
         t.append(rows(10))
         yield t
-        gc.collect()
 
 
 @pytest.fixture
@@ -33,7 +32,6 @@ def on_host(host):
     with pyvmm.empty(SHAPE, "float32", axis=1, capacity=1000, device=host, layout="lane") as t:
         t.append(rows(10))
         yield t
-        gc.collect()
 
 
 def check_pins(t, n_rows):
@@ -303,6 +301,20 @@ def test_numpy_from_dlpack_is_writable(on_host):
     assert np.from_dlpack(on_host, device="cpu", copy=False).flags.writeable
 
 
+def test_consumer_that_knows_legacy_capsules_only(on_host):
+    class Old:
+        def __dlpack_device__(self):
+            return on_host.__dlpack_device__()
+
+        def __dlpack__(self, stream=None, **arguments):
+            return on_host.__dlpack__(stream=stream)
+
+    a = np.from_dlpack(Old())
+    assert a.ctypes.data == on_host.ptr
+    assert same(np.array(a), rows(10))
+    check_pins(on_host, 10)
+
+
 def test_array_protocol_arguments(on_host):
     assert np.array(on_host, dtype="float64").dtype == np.float64
     assert np.asarray(on_host, dtype="float32").ctypes.data == on_host.ptr
@@ -406,59 +418,62 @@ def test_buffer_of_a_view(on_host):
 # ---- CUDA ---------------------------------------------------------------------------
 
 
-@pytest.fixture
 def on_gpu(cuda):
+    """No fixture, which would outlive its test: some of these keep their pins for life."""
     t = pyvmm.empty(SHAPE, "float32", axis=1, capacity=1000, device=cuda, layout="lane")
     t.append(rows(10))
-    yield t
-    del t
-    gc.collect()
+    return t
 
 
-def test_device_memory_names_dlpack_as_the_way(on_gpu):
-    for owner in (on_gpu, on_gpu[:2], on_gpu.reserved()):
+def test_device_memory_names_dlpack_as_the_way(cuda):
+    t = on_gpu(cuda)
+    for owner in (t, t[:2], t.reserved()):
         with pytest.raises(BufferError, match="DLPack|dlpack"):
             memoryview(owner)
         with pytest.raises(TypeError, match="DLPack|dlpack"):
             np.asarray(owner)
         with pytest.raises(TypeError, match="DLPack|dlpack"):
             np.array(owner)
-    on_gpu.truncate(0)
+    t.truncate(0)
 
 
-def test_cuda_array_interface(on_gpu):
-    view = on_gpu[3:7]
+def test_cuda_array_interface(cuda):
+    t = on_gpu(cuda)
+    view = t[3:7]
     interface = view.__cuda_array_interface__
     assert interface["shape"] == (2, 4, 3, 4)
-    assert interface["strides"] == on_gpu.strides
+    assert interface["strides"] == t.strides
     assert interface["typestr"] == "<f4"
     assert interface["data"] == (view.ptr, False)
     assert interface["version"] == 3
     assert interface.get("stream", 1) != 0
 
 
-def test_interface_of_the_tensor_pins_for_its_life(on_gpu):
-    assert on_gpu.__cuda_array_interface__["shape"] == (2, 10, 3, 4)
+def test_interface_of_the_tensor_pins_for_its_life(cuda):
+    t = on_gpu(cuda)
+    assert t.__cuda_array_interface__["shape"] == (2, 10, 3, 4)
     gc.collect()
     with pytest.raises(BufferError):
-        on_gpu.truncate(9)
-    on_gpu.append(rows(5))
-    on_gpu.truncate(10)
+        t.truncate(9)
+    t.append(rows(5))
+    t.truncate(10)
 
 
-def test_interface_of_a_view_pins_until_the_view_goes(on_gpu):
-    view = on_gpu[:7]
+def test_interface_of_a_view_pins_until_the_view_goes(cuda):
+    t = on_gpu(cuda)
+    view = t[:7]
     assert view.__cuda_array_interface__
-    check_pins(on_gpu, 7)
+    check_pins(t, 7)
     del view
     gc.collect()
-    on_gpu.truncate(0)
-    on_gpu.close()
+    t.truncate(0)
+    t.close()
 
 
-def test_interface_of_stale_rows(on_gpu):
-    view = on_gpu[:7]
-    on_gpu.truncate(3)
+def test_interface_of_stale_rows(cuda):
+    t = on_gpu(cuda)
+    view = t[:7]
+    t.truncate(3)
     with pytest.raises(BufferError, match="truncated"):
         view.__cuda_array_interface__  # noqa: B018
 

@@ -357,9 +357,9 @@ def test_fork_of_a_part(tensor):
         assert same(to_numpy(fork), rows(10)[:4])
 
 
-def test_stats_of_a_tensor(empty, device):
+def test_stats_of_a_tensor(empty, device, pool):
     block = smallest_block(device)
-    with empty(shape=(2, 0, 2), axis=1, layout="lane", block_size=block) as t:
+    with empty(shape=(2, 0, 2), axis=1, layout="lane", block_size=block, pool=pool) as t:
         names = {"reserved_bytes", "mapped_bytes", "used_bytes", "slack_bytes", "block_count"}
         assert t.stats().keys() == names | {"driver_calls"}
         stats = t.stats()

@@ -11,6 +11,7 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
+
 from model import pattern, same
 
 if os.environ.get("PYVMM_TEST_DEVICE") == "sim":
@@ -54,7 +55,7 @@ def way(request):
     return request.param
 
 
-def make(layout="seq", shape=(2, 0, 3, 4), axis=1, dtype="float32", capacity=4096):
+def make(layout="seq", shape=(2, 0, 3, 4), axis=1, dtype="float32", capacity=8192):
     return pyvmm.empty(shape, dtype, axis=axis, capacity=capacity, device=CUDA, layout=layout)
 
 
@@ -328,7 +329,7 @@ def bad_sources():
         "rank": (ValueError, x[0]),
         "row shape": (ValueError, rows(2, 5, 4, 4)),
         "last dimension strided": (ValueError, rows(2, 5, 3, 8)[..., ::2]),
-        "too many rows": (pyvmm.CapacityError, rows(2, 5000, 3, 4)),
+        "too many rows": (pyvmm.CapacityError, rows(2, 9000, 3, 4)),
     }
 
 

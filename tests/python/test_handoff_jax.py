@@ -14,6 +14,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import numpy as np
 import pytest
+
 from model import pattern, same
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
@@ -61,7 +62,7 @@ def place(x, device):
     return jax.device_put(x, jax.devices("cpu" if device == "host" else "gpu")[0])
 
 
-def make(device, layout="seq", shape=(2, 0, 3, 4), axis=1, dtype="float32", capacity=4096):
+def make(device, layout="seq", shape=(2, 0, 3, 4), axis=1, dtype="float32", capacity=8192):
     return pyvmm.empty(shape, dtype, axis=axis, capacity=capacity, device=device, layout=layout)
 
 
@@ -288,7 +289,7 @@ def bad_sources(device):
         "int32 for float32": (TypeError, x.view("int32")),
         "rank": (ValueError, x[0]),
         "row shape": (ValueError, rows(device, 2, 5, 4, 4)),
-        "too many rows": (pyvmm.CapacityError, rows(device, 2, 5000, 3, 4)),
+        "too many rows": (pyvmm.CapacityError, rows(device, 2, 9000, 3, 4)),
     }
 
 

@@ -3,6 +3,9 @@
 Paddle keeps one deleter for each address: of two wraps that live at once, dropping either
 runs the later one's and the other's never runs. So a growing tensor is wrapped once, its
 whole reservation, and each step's view is cut from that with paddle.as_strided.
+
+Writing goes through the cut view, too: x[:, :n] = y on a strided reservation copies all of it,
+mapped or not, and ends the process.
 """
 
 import gc
@@ -12,6 +15,7 @@ import warnings
 
 import numpy as np
 import pytest
+
 from model import pattern
 
 with warnings.catch_warnings():
@@ -55,7 +59,7 @@ def layout(request):
     return request.param
 
 
-def make(device, layout="seq", shape=(2, 0, 3, 4), axis=1, dtype="float32", capacity=4096):
+def make(device, layout="seq", shape=(2, 0, 3, 4), axis=1, dtype="float32", capacity=8192):
     return pyvmm.empty(shape, dtype, axis=axis, capacity=capacity, device=device, layout=layout)
 
 
@@ -222,8 +226,9 @@ def test_writes_through_the_reservation(device, layout):
     everything = paddle.from_dlpack(t.reserved())
     t.grow(300)
     x = rows(device, 2, 300, 3, 4)
-    everything[:, :300] = x
     view = paddle.as_strided(everything, [2, 300, 3, 4], everything.strides)
+    view[:, :100] = x[:, :100]
+    everything[:, 100:300].copy_(x[:, 100:], True)
     assert view.data_ptr() == t.ptr
     assert same(view, x)
     del view, everything
@@ -343,8 +348,8 @@ def bad_sources(device):
         "rank": (ValueError, x[0]),
         "row shape": (ValueError, rows(device, 2, 5, 4, 4)),
         "last dimension strided": (ValueError, rows(device, 2, 5, 3, 8)[..., ::2]),
-        "gradient": (Exception, wanted),
-        "too many rows": (pyvmm.CapacityError, rows(device, 2, 5000, 3, 4)),
+        "gradient": ((BufferError, RuntimeError, TypeError), wanted),
+        "too many rows": (pyvmm.CapacityError, rows(device, 2, 9000, 3, 4)),
     }
 
 

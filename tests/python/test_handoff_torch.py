@@ -63,7 +63,7 @@ def on(device):
     return "cpu" if device == "host" else device
 
 
-def make(device, layout="seq", shape=(2, 0, 3, 4), axis=1, dtype=torch.float32, capacity=4096):
+def make(device, layout="seq", shape=(2, 0, 3, 4), axis=1, dtype=torch.float32, capacity=8192):
     return pyvmm.empty(shape, dtype, axis=axis, capacity=capacity, device=device, layout=layout)
 
 
@@ -397,10 +397,18 @@ def bad_sources(device):
     yield "row shape", ValueError, rows(device, 2, 5, 4, 4)
     yield "batch", ValueError, rows(device, 3, 5, 3, 4)
     yield "last dimension strided", ValueError, rows(device, 2, 5, 3, 8)[..., ::2]
-    yield "gradient", Exception, torch.rand(2, 5, 3, 4, device=on(device), requires_grad=True)
-    yield "meta", Exception, torch.empty(2, 5, 3, 4, device="meta")
-    yield "sparse", Exception, x.to_sparse()
-    yield "too many rows", pyvmm.CapacityError, rows(device, 2, 5000, 3, 4)
+    yield (
+        "gradient",
+        (BufferError, TypeError, RuntimeError),
+        torch.rand(2, 5, 3, 4, device=on(device), requires_grad=True),
+    )
+    yield (
+        "meta",
+        (BufferError, TypeError, ValueError, RuntimeError),
+        torch.empty(2, 5, 3, 4, device="meta"),
+    )
+    yield "sparse", (BufferError, TypeError, ValueError, RuntimeError), x.to_sparse()
+    yield "too many rows", pyvmm.CapacityError, rows(device, 2, 9000, 3, 4)
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in bad_sources("host")])

@@ -47,7 +47,7 @@ def sources():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_long_append(layout, device, sources):
+def test_long_append(layout, device, sources, pool):
     source, block = sources(device), smallest_block(device)
     lane_row = lane_row_bytes(SHAPE, DTYPE, AXIS, layout)
     n_lanes = lane_count(SHAPE, AXIS, layout)
@@ -59,7 +59,8 @@ def test_long_append(layout, device, sources):
         assert in_use <= mapped
         assert mapped - in_use <= in_use / 8 + block
 
-    with pyvmm.empty(SHAPE, DTYPE, axis=AXIS, capacity=N_ROWS, device=device, layout=layout) as t:
+    spec = {"axis": AXIS, "capacity": N_ROWS, "layout": layout, "pool": pool}
+    with pyvmm.empty(SHAPE, DTYPE, **spec) as t:
         address = t.ptr
         for row in range(N_SINGLE):
             t.append(source[row : row + 1])
@@ -87,12 +88,13 @@ def test_long_append(layout, device, sources):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_long_append_within_mapped_rows(layout, device, sources):
+def test_long_append_within_mapped_rows(layout, device, sources, pool):
     """Nothing but the copy, however many rows; and nothing at all for grow."""
     source = sources(device)
     copy = "launch" if device != "host" else "copy"
     n_rows = 20_000
-    with pyvmm.empty(SHAPE, DTYPE, axis=AXIS, capacity=n_rows, device=device, layout=layout) as t:
+    spec = {"axis": AXIS, "capacity": n_rows, "layout": layout, "pool": pool}
+    with pyvmm.empty(SHAPE, DTYPE, **spec) as t:
         t.map(n_rows)
         address = t.ptr
         t.append(source[0:1])

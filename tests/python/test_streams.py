@@ -13,7 +13,7 @@ import pytest
 
 import cuda_helper
 import pyvmm
-from cuda_helper import CapsuleArray, DeviceArray, Gate, InterfaceArray, Stream
+from cuda_helper import CapsuleArray, Capture, DeviceArray, Gate, InterfaceArray, Stream
 from model import LAYOUTS, pattern, same
 from support import calls, calls_since, run_python, to_numpy
 
@@ -242,12 +242,12 @@ def test_truncate_waits_for_every_reader_named(tensor, streams, arrays):
 
 
 def test_fork_comes_after_the_last_append(tensor, streams, arrays):
-    x = arrays(InterfaceArray, rows(50))
+    x, y = arrays(InterfaceArray, rows(50)), arrays(InterfaceArray, rows(50, 1))
     with Gate(streams[0]) as gate:
         tensor.append(x, stream=int(streams[0]))
         fork = tensor.fork()
         tensor.truncate(0)
-        tensor.append(arrays(InterfaceArray, rows(50, 1)), stream=int(streams[1]))
+        tensor.append(y, stream=int(streams[1]))
         gate.open()
         assert same(to_numpy(fork), rows(50))
         assert same(to_numpy(tensor), rows(50, 1))
@@ -447,10 +447,9 @@ def test_captured_append_runs_with_the_graph(tensor, streams, arrays):
     a = streams[0]
     x = arrays(InterfaceArray, rows(5), a)
     tensor.append(arrays(InterfaceArray, rows(5, 7)), stream=int(a))
-    a.begin_capture()
-    for _ in range(3):
-        tensor.append(x)
-    graph = a.end_capture()
+    with Capture(a) as graph:
+        for _ in range(3):
+            tensor.append(x)
     assert tensor.length == 20
     for seed in (1, 2):
         x.set(rows(5, seed))
@@ -465,10 +464,9 @@ def test_growth_during_a_capture(cuda, streams, arrays):
     a = streams[0]
     x = arrays(InterfaceArray, rows(1000), a)
     with pyvmm.empty((0, 4), "float32", axis=0, capacity=300_000, device=cuda) as t:
-        a.begin_capture()
-        for _ in range(300):
-            t.append(x)
-        graph = a.end_capture()
+        with Capture(a) as graph:
+            for _ in range(300):
+                t.append(x)
         graph.launch(a)
         assert same(to_numpy(t), np.concatenate([rows(1000)] * 300))
         graph.close()
@@ -477,13 +475,12 @@ def test_growth_during_a_capture(cuda, streams, arrays):
 def test_host_source_during_a_capture_is_refused(tensor, streams, arrays):
     a = streams[0]
     x = arrays(InterfaceArray, rows(5), a)
-    a.begin_capture()
-    with pytest.raises(pyvmm.VMMError) as error:
-        tensor.append(rows(5), stream=int(a))
-    assert error.value.status == "VMM_ERR_CAPTURING"
-    tensor.append(x)
-    graph = a.end_capture()  # the capture has survived
-    graph.launch(a)
+    with Capture(a) as graph:
+        with pytest.raises(pyvmm.VMMError) as error:
+            tensor.append(rows(5), stream=int(a))
+        assert error.value.status == "VMM_ERR_CAPTURING"
+        tensor.append(x)
+    graph.launch(a)  # so the capture has survived
     assert same(to_numpy(tensor), rows(5))
     graph.close()
 
@@ -491,13 +488,15 @@ def test_host_source_during_a_capture_is_refused(tensor, streams, arrays):
 def test_captured_append_goes_to_no_stream_outside(tensor, streams, arrays):
     a, b, _ = streams
     x = arrays(InterfaceArray, rows(5), a)
-    a.begin_capture()
-    tensor.append(x)
-    for use in (lambda: tensor.__dlpack__(stream=int(b)), lambda: tensor.append(x, stream=int(b))):
-        with pytest.raises((pyvmm.VMMError, BufferError)):
-            use()
-    tensor.__dlpack__(stream=int(a))
-    graph = a.end_capture()
+    with Capture(a) as graph:
+        tensor.append(x)
+        for use in (
+            lambda: tensor.__dlpack__(stream=int(b)),
+            lambda: tensor.append(x, stream=int(b)),
+        ):
+            with pytest.raises((pyvmm.VMMError, BufferError)):
+                use()
+        tensor.__dlpack__(stream=int(a))
     graph.launch(a)
     assert same(to_numpy(tensor), rows(5))
     graph.close()
@@ -516,18 +515,17 @@ def test_tensors_dropped_during_a_capture(cuda, streams, arrays):
 
     t, others = make(), [make() for _ in range(4)]
     t.truncate(0)
-    a.begin_capture()
-    pool.capture_begin()
-    others.pop().close()
-    others.pop()
-    capsule = others[0].__dlpack__(stream=-1)
-    others.clear()
-    del capsule
-    gc.collect()
-    t.append(x)
-    late = make()
-    pool.capture_end()
-    graph = a.end_capture()
+    with Capture(a) as graph:
+        pool.capture_begin()
+        others.pop().close()
+        others.pop()
+        capsule = others[0].__dlpack__(stream=-1)
+        others.clear()
+        del capsule
+        gc.collect()
+        t.append(x)
+        late = make()
+        pool.capture_end()
     graph.launch(a)
     assert same(to_numpy(t), rows(5))
     graph.close()

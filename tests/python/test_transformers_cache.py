@@ -42,6 +42,7 @@ SIZES = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,
+    "initializer_range": 0.3,  # else the answers are one token over and over
 }
 
 
@@ -51,7 +52,10 @@ def config_of(kind):
     if kind == "qwen2":
         return transformers.Qwen2Config(**SIZES)
     return transformers.Gemma3TextConfig(
-        **SIZES, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2
+        **SIZES,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        tie_word_embeddings=False,
     )
 
 

@@ -22,6 +22,20 @@
  *   VMM_SIM_FAIL            "call:nth:code[:times]", several separated by commas
  *   VMM_SIM_CHECK_EXIT      1: at exit, list VMM handles, mappings and reservations that are
  *                           still alive and exit with status 1 if there are any
+ *
+ * Strictness: a misuse prints "vmm-sim: <call>: <what>" and aborts; device work that went
+ * wrong prints "vmm-sim: late work: <what>". What a program may well ask to find out (a device
+ * that is not there, the attributes of a host pointer, an unknown symbol or kernel) is
+ * answered with CUDA's error and no report; so is running out of memory.
+ *
+ * Every call that manages memory, loads code, copies at once, queries or waits counts as
+ * unsafe while a stream is being captured, see cuThreadExchangeStreamCaptureMode.
+ *
+ * Not modelled: contexts other than the primary ones, peer access switches and copies between
+ * devices, arrays and textures, memory pools (cuMemAllocAsync), managed and registered host
+ * memory, streams per thread by cuGetProcAddress's flag (CU_STREAM_PER_THREAD itself is),
+ * graphs built by hand, branches of a graph running side by side, user objects, kernels other
+ * than the append kernel, real timing.
  */
 #ifndef VMM_SIM_H
 #define VMM_SIM_H

@@ -1,0 +1,373 @@
+"""What appending costs on a GPU, against torch.cat; needs torch with CUDA.
+
+    python benchmarks/gpu_append.py --out FOLDER [--device cuda:0] [--length 4096]
+
+K and V of one layer, bfloat16, batch 8, 32 heads of 128:
+
+    device time   per append of K and V (one launch) in a captured graph of 1 000, against
+                  torch.cat of both in a captured graph, layouts seq and lane
+    attention     one decode step (SDPA, flash) over the cache, against the same over
+                  torch.empty memory with the same strides
+    host time     of append, append_many and grow from Python, against copying a row into a
+                  slice of a preallocated tensor, and against torch.cat
+    driver calls  and slack by block size, and what an append costs that needs a block
+
+Every result is checked: the rows against what was appended, attention against attention.
+Writes gpu_append-MACHINE.json, in the form that compare.py reads, and a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import Bench, slug
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+import pyvmm
+
+BATCH, HEADS, DIM = 8, 32, 128
+DTYPE = torch.bfloat16
+NODES = 1000  # appends in a graph
+CAT_NODES = 50
+REPLAYS = 30
+
+
+class Run:
+    """The device, its stream, and the results."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device = torch.device(options.device)
+        torch.cuda.set_device(self.device)
+        self.stream = torch.cuda.Stream(self.device)
+        self.length: int = options.length
+        self.bench = Bench(
+            "gpu_append",
+            "other cards, several GPUs, a whole model; attention in captured graphs only",
+            device=options.device,
+            out=options.out,
+        )
+        self.facts: dict[str, Any] = {}
+        self.failures: list[str] = []
+
+    def check(self, what: str, right: bool) -> None:
+        if not right:
+            self.failures.append(what)
+            print(f"WRONG: {what}")
+
+    def row(self) -> torch.Tensor:
+        row = torch.randn(BATCH, 1, HEADS, DIM, device=self.device, dtype=DTYPE)
+        torch.cuda.synchronize(self.device)
+        return row
+
+    def close(self, *tensors: pyvmm.VTensor) -> None:
+        for t in tensors:
+            t.close()
+        pyvmm.default_pool(str(self.device)).trim(wait=True)
+        torch.cuda.empty_cache()
+
+    def empty(self, layout: str, capacity: int, **arguments: Any) -> pyvmm.VTensor:
+        return pyvmm.empty(
+            (BATCH, 0, HEADS, DIM),
+            "bfloat16",
+            axis=1,
+            capacity=capacity,
+            device=str(self.device),
+            layout=layout,
+            **arguments,
+        )
+
+    def filled(self, layout: str, length: int, capacity: int) -> pyvmm.VTensor:
+        """A tensor of `length` random rows, all of its capacity mapped."""
+        t = self.empty(layout, capacity)
+        t.map(capacity)
+        for begin in range(0, length, 1024):
+            n = min(1024, length - begin)
+            with torch.cuda.stream(self.stream):
+                x = torch.randn(BATCH, n, HEADS, DIM, device=self.device, dtype=DTYPE)
+                t.append(x, stream=self.stream)
+        torch.cuda.synchronize(self.device)
+        return t
+
+    def capture(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with (
+            pyvmm.default_pool(str(self.device)).capturing(),
+            torch.cuda.graph(graph, stream=self.stream),
+        ):
+            work()
+        return graph
+
+    def replay_ns(self, graphs: list[torch.cuda.CUDAGraph], nodes: int) -> list[list[float]]:
+        """Device nanoseconds per node of each graph, replayed in turns."""
+        samples: list[list[float]] = [[] for _ in graphs]
+        with torch.cuda.stream(self.stream):
+            for round in range(-3, REPLAYS):
+                for graph, times in zip(graphs, samples, strict=True):
+                    begin = torch.cuda.Event(enable_timing=True)
+                    end = torch.cuda.Event(enable_timing=True)
+                    begin.record(self.stream)
+                    graph.replay()
+                    end.record(self.stream)
+                    end.synchronize()
+                    if round >= 0:
+                        times.append(begin.elapsed_time(end) * 1e6 / nodes)
+        return samples
+
+
+def cat_time(run: Run, new_k: torch.Tensor, new_v: torch.Tensor) -> None:
+    shape = BATCH, run.length, HEADS, DIM
+    keys = torch.randn(shape, device=run.device, dtype=DTYPE)
+    values = torch.randn_like(keys)
+
+    def cat() -> None:
+        for _ in range(CAT_NODES):
+            torch.cat((keys, new_k), dim=1)
+            torch.cat((values, new_v), dim=1)
+
+    torch.cuda.synchronize(run.device)
+    [samples] = run.replay_ns([run.capture(cat)], CAT_NODES)
+    run.bench.report("device/cat-k-and-v", samples)
+
+
+def append_time(run: Run, id: str, tensors: list[pyvmm.VTensor], rows: list[torch.Tensor]) -> None:
+    """Device time of a captured append to all of `tensors`; the rows are looked at, too."""
+    for t in tensors:
+        t.truncate(run.length)
+
+    def launches() -> int:
+        return sum(t.stats()["driver_calls"]["launch"] for t in tensors)
+
+    def append() -> None:
+        for _ in range(NODES):
+            pyvmm.append_many(tensors, rows, stream=run.stream)
+
+    before = launches()
+    graph = run.capture(append)
+    run.check(f"{id}: one launch for each append", launches() - before == NODES)
+    [samples] = run.replay_ns([graph], NODES)
+    run.bench.report(id, samples, "device/cat-k-and-v" if len(tensors) == 2 else "")
+    with torch.cuda.stream(run.stream):
+        for t, row in zip(tensors, rows, strict=True):
+            appended = torch.from_dlpack(t)[:, run.length :]
+            run.check(f"{id}: {NODES} rows", appended.shape[1] == NODES)
+            run.check(f"{id}: what they hold", bool((appended == row).all()))
+    torch.cuda.synchronize(run.device)
+
+
+def device_time(run: Run) -> None:
+    """(a): the cost of a node."""
+    new_k, new_v = run.row(), run.row()
+    cat_time(run, new_k, new_v)
+    torch.cuda.empty_cache()
+    for layout in ("seq", "lane"):
+        k, v = (run.filled(layout, run.length, run.length + NODES + 16) for _ in "kv")
+        append_time(run, f"device/append-k-and-v/{layout}", [k, v], [new_k, new_v])
+        append_time(run, f"device/append-k/{layout}", [k], [new_k])
+        run.close(k, v)
+
+
+def attention_over(run: Run, layout: str, tensors: list[pyvmm.VTensor]) -> None:
+    with torch.cuda.stream(run.stream):
+        query = torch.randn(BATCH, HEADS, 1, DIM, device=run.device, dtype=DTYPE)
+        ours = [torch.from_dlpack(t) for t in tensors]
+        plain = [
+            torch.empty_strided(c.shape, c.stride(), dtype=DTYPE, device=run.device).copy_(c)
+            for c in ours
+        ]
+
+    def attend_to(caches: list[torch.Tensor], times: int) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            for _ in range(times):
+                output = attend(query, *(cache.transpose(1, 2) for cache in caches))
+        return output
+
+    with torch.cuda.stream(run.stream):
+        equal = bool(torch.equal(attend_to(plain, 3), attend_to(ours, 3)))
+    run.check(f"attention, layout {layout}", equal)
+    torch.cuda.synchronize(run.device)
+    graphs = [
+        run.capture(lambda: attend_to(plain, CAT_NODES)),
+        run.capture(lambda: attend_to(ours, CAT_NODES)),
+    ]
+    plain_ns, ours_ns = run.replay_ns(graphs, CAT_NODES)
+    baseline = f"attention/torch.empty/{layout}"
+    reference = run.bench.report(baseline, plain_ns)
+    measured = run.bench.report(f"attention/vtensor/{layout}", ours_ns, baseline)
+    run.facts[f"attention ratio, {layout}"] = measured / reference
+
+
+def attention(run: Run) -> None:
+    """(b): reading the cache, against ordinary memory with the same strides."""
+    for layout in ("seq", "lane"):
+        k, v = (run.filled(layout, run.length, run.length) for _ in "kv")
+        attention_over(run, layout, [k, v])
+        run.close(k, v)
+
+
+def host_time(run: Run) -> None:
+    """(c): what the calling thread pays, in batches that fit the launch queue."""
+    batch, rounds, length = 400, 20, run.length
+    capacity = length + batch + 16
+    k, v = (run.filled("seq", length, capacity) for _ in "kv")
+    new_k, new_v = run.row(), run.row()
+    buffer = torch.empty(BATCH, capacity, HEADS, DIM, device=run.device, dtype=DTYPE)
+    cache = buffer[:, :length].contiguous()
+    torch.cuda.synchronize(run.device)
+
+    def into_slice(i: int) -> None:
+        buffer[:, length + i : length + i + 1].copy_(new_k)
+
+    def measure(id: str, call: Callable[[int], object], n: int = batch, baseline: str = "") -> None:
+        samples = []
+        for round in range(-1, rounds):
+            torch.cuda.synchronize(run.device)
+            for i in range(n):
+                begin = time.perf_counter_ns()
+                call(i)
+                taken = time.perf_counter_ns() - begin
+                if round >= 0:
+                    samples.append(taken)
+            torch.cuda.synchronize(run.device)
+            k.truncate(length)
+            v.truncate(length)
+        run.bench.report(id, samples, baseline)
+
+    cat = "host/cat-k"
+    pair, rows = [k, v], [new_k, new_v]
+    with torch.cuda.stream(run.stream):
+        measure(cat, lambda i: torch.cat((cache, new_k), dim=1), 20)
+        measure("host/copy-into-slice", into_slice, baseline=cat)
+        measure("host/append", lambda i: k.append(new_k), baseline=cat)
+        measure("host/append/stream-named", lambda i: k.append(new_k, run.stream), baseline=cat)
+        measure("host/append-many/k-and-v", lambda i: pyvmm.append_many(pair, rows), baseline=cat)
+        measure("host/grow", lambda i: k.grow(1))
+    run.close(k, v)
+
+
+def driver_calls(run: Run) -> None:
+    """(d): what growth costs by block size."""
+    tokens = 8192
+    new = run.row()
+    table = []
+    for block in ("auto", "2MiB", "16MiB", "32MiB", "128MiB"):
+        with pyvmm.Pool(str(run.device), block_size=block) as pool:
+            t = run.empty("seq", tokens, pool=pool)
+            within, beyond = [], []
+            most_slack = 0
+            with torch.cuda.stream(run.stream):
+                for i in range(tokens):
+                    needs_block = t.mapped == t.length
+                    begin = time.perf_counter_ns()
+                    t.append(new)
+                    (beyond if needs_block else within).append(time.perf_counter_ns() - begin)
+                    if needs_block:
+                        most_slack = max(most_slack, t.stats()["slack_bytes"])
+                    if i % 256 == 255:
+                        torch.cuda.synchronize(run.device)
+                right = bool((torch.from_dlpack(t) == new).all())
+            run.check(f"blocks of {block}: the rows", right)
+            stats = t.stats()
+            run.bench.report(f"growing/within/{block}", within)
+            run.bench.report(f"growing/needs-block/{block}", beyond)
+            calls = {name: n for name, n in stats["driver_calls"].items() if n}
+            launches = calls.pop("launch", 0)
+            table.append(
+                {
+                    "block_size": block,
+                    "blocks": stats["block_count"],
+                    "mapped_bytes": stats["mapped_bytes"],
+                    "most_slack_bytes": most_slack,
+                    "launches": launches,
+                    "other_driver_calls": calls,
+                }
+            )
+            t.close()
+            pool.trim(wait=True)
+    run.facts["driver calls by block size"] = table
+    run.facts["tokens of that"] = tokens
+
+
+def markdown(run: Run) -> str:
+    p50 = {str(row["id"]): float(str(row["p50_ns"])) for row in run.bench.rows}
+
+    def us(id: str) -> str:
+        return f"{p50[id] / 1e3:.2f}"
+
+    lines = [
+        f"# gpu_append on {run.bench.machine}",
+        "",
+        f"pyvmm {pyvmm.__version__}, torch {torch.__version__}, "
+        f"kernel {pyvmm.device_info(str(run.device))['kernel']}. K and V, bfloat16, batch "
+        f"{BATCH}, {HEADS} heads of {DIM}, at {run.length} tokens. Medians.",
+        "",
+        "## Device time, per node of a captured graph",
+        "",
+        "| | torch.cat is so many times slower | µs |",
+        "|---|---|---|",
+        f"| torch.cat of K and V | | {us('device/cat-k-and-v')} |",
+    ]
+    for layout in ("seq", "lane"):
+        id = f"device/append-k-and-v/{layout}"
+        ratio = p50["device/cat-k-and-v"] / p50[id]
+        lines.append(f"| append of K and V in place, layout {layout} | {ratio:.0f} | {us(id)} |")
+    lines += ["", "## Attention over the cache", "", "| | ratio | µs |", "|---|---|---|"]
+    for layout in ("seq", "lane"):
+        lines.append(
+            f"| layout {layout}, against torch.empty with the same strides | "
+            f"{run.facts[f'attention ratio, {layout}']:.3f} | {us(f'attention/vtensor/{layout}')} |"
+        )
+    lines += ["", "## Host time from Python", "", "| | µs, p50 | µs, p99 |", "|---|---|---|"]
+    for row in run.bench.rows:
+        if str(row["id"]).startswith("host/"):
+            p99 = float(str(row["p99_ns"])) / 1e3
+            lines.append(f"| {row['id'][5:]} | {us(str(row['id']))} | {p99:.2f} |")  # type: ignore[index]
+    tokens = run.facts["tokens of that"]
+    lines += [
+        "",
+        f"## Growth by block size, {tokens} appends of one token",
+        "",
+        "| block size | blocks | driver calls besides launches | most slack, MiB | "
+        "append that needs a block, µs p50 |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in run.facts["driver calls by block size"]:
+        block = entry["block_size"]
+        lines.append(
+            f"| {block} | {entry['blocks']} | {sum(entry['other_driver_calls'].values())} | "
+            f"{entry['most_slack_bytes'] / 2**20:.1f} | {us(f'growing/needs-block/{block}')} |"
+        )
+    lines += ["", f"Not measured: {run.bench.not_measured}.", ""]
+    if run.failures:
+        lines += ["WRONG RESULTS:", "", *(f"- {what}" for what in run.failures), ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--length", type=int, default=4096, help="tokens in the cache")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_append needs torch with CUDA and a GPU", file=sys.stderr)
+        return 77
+    run = Run(options)
+    for part in (device_time, attention, host_time, driver_calls):
+        part(run)
+    run.bench.close(facts=run.facts, failures=run.failures, torch=torch.__version__)
+    text = markdown(run)
+    path = options.out / f"gpu_append-{slug(run.bench.machine)}.md"
+    path.write_text(text)
+    print(f"written: {path}\n\n{text}")
+    return 1 if run.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+class VMMError(Exception):
+    status: str
+    driver_code: int
+    operation: str
+    def __init__(
+        self,
+        message: str = "",
+        status: str = "VMM_ERR_DRIVER",
+        driver_code: int = 0,
+        operation: str = "",
+    ) -> None: ...
+
+class OutOfMemoryError(VMMError, MemoryError): ...
+class CapacityError(VMMError, ValueError): ...
