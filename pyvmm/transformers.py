@@ -18,20 +18,22 @@ such a view take its whole storage, which is the address space of the full capac
 mostly not backed by memory: `clone()` it first.
 """
 
-# Where transformers is not installed its classes have no type, and mypy would not have them
-# derived from.
-# mypy: disable-error-code="misc"
+# transformers' classes have no types where it is not installed, and some where it is.
+# mypy: disable-error-code="misc, no-untyped-call"
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
+from torch.utils.dlpack import from_dlpack
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import pyvmm
 
 __all__ = ["VMMCache", "VMMLayer"]
+
+Layout = Literal["seq", "lane", "c"]
 
 
 class VMMLayer(DynamicLayer):
@@ -51,7 +53,7 @@ class VMMLayer(DynamicLayer):
     value_tensor: pyvmm.VTensor
 
     def __init__(
-        self, capacity: int, *, layout: str | None = None, pool: pyvmm.Pool | None = None
+        self, capacity: int, *, layout: Layout | None = None, pool: pyvmm.Pool | None = None
     ) -> None:
         super().__init__()
         self.capacity = capacity
@@ -68,8 +70,8 @@ class VMMLayer(DynamicLayer):
         # One tensor over the whole capacity: cutting a step's view from it is much cheaper
         # than a hand-off. A normal tensor also when the caller is in inference mode.
         with torch.inference_mode(False):
-            self._all_keys = torch.from_dlpack(key_tensor.reserved())
-            self._all_values = torch.from_dlpack(value_tensor.reserved())
+            self._all_keys = from_dlpack(key_tensor.reserved())
+            self._all_values = from_dlpack(value_tensor.reserved())
         self.key_tensor, self.value_tensor = key_tensor, value_tensor
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size = key_states.shape[0]
@@ -103,8 +105,7 @@ class VMMLayer(DynamicLayer):
         pyvmm.append_many(
             [self.key_tensor, self.value_tensor], [key_states, value_states], stream=self._stream()
         )
-        self._publish(self.key_tensor.length)
-        return self.keys, self.values
+        return self._publish(self.key_tensor.length)
 
     def get_max_length(self) -> int:
         """The capacity, in tokens."""
@@ -135,7 +136,7 @@ class VMMLayer(DynamicLayer):
         self._check_consistent()
         if beam_idx.shape != (self.batch_size,):
             raise ValueError(f"beam_idx of shape {tuple(beam_idx.shape)}, batch {self.batch_size}")
-        for states in (self.keys, self.values):
+        for states in self._published:
             states.copy_(states.index_select(0, beam_idx.to(states.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -182,12 +183,14 @@ class VMMLayer(DynamicLayer):
         # The stream on which torch wrote the states, and will read the views.
         if self.device.type == "cpu":
             return None
-        return torch.cuda.current_stream(self.device).cuda_stream
+        stream: int = torch.cuda.current_stream(self.device).cuda_stream
+        return stream
 
-    def _publish(self, length: int) -> None:
-        self.keys = self._all_keys.narrow(2, 0, length)
-        self.values = self._all_values.narrow(2, 0, length)
-        self._published = self.keys, self.values
+    def _publish(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = self._all_keys.narrow(2, 0, length)
+        values = self._all_values.narrow(2, 0, length)
+        self.keys, self.values = self._published = keys, values
+        return keys, values
 
     def _truncate(self, length: int) -> None:
         if not self.is_initialized or length == self.get_seq_length():
@@ -233,7 +236,7 @@ class VMMCache(DynamicCache):
         config: Any,
         *,
         capacity: int | None = None,
-        layout: str | None = None,
+        layout: Layout | None = None,
         pool: pyvmm.Pool | None = None,
     ) -> None:
         super().__init__(config=config)
@@ -243,11 +246,10 @@ class VMMCache(DynamicCache):
             capacity = getattr(decoder, "max_position_embeddings", None)
             if capacity is None:
                 raise ValueError("the config has no max_position_embeddings: give a capacity")
-        # Exactly this class: classes derived from it store more than keys and values.
-        self.layers = [
-            VMMLayer(capacity, layout=layout, pool=pool) if type(layer) is DynamicLayer else layer
-            for layer in self.layers
-        ]
+        for index, layer in enumerate(self.layers):
+            # Exactly this class: classes derived from it store more than keys and values.
+            if type(layer) is DynamicLayer:
+                self.layers[index] = VMMLayer(capacity, layout=layout, pool=pool)
 
     def reset(self) -> None:
         """Drop all tokens; the memory of the VMMLayers is kept for the next sequence."""

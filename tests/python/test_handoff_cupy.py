@@ -69,7 +69,7 @@ def equal(a, b):
 
 def delay():
     """Work of some 30 ms on the current stream."""
-    _spin((1,), (1,), (50_000_000,))
+    _spin((1,), (1,), (np.int64(50_000_000),))
 
 
 _spin = cupy.RawKernel(
