@@ -89,22 +89,22 @@ VMM_API int vmm_version(void);
  * arguments are found before the driver is called. Nothing in this library ends
  * the process.
  */
-#define VMM_STATUSES(X)                                                               \
-    X(OK, "no error")                                                                 \
-    X(ERR_INVALID, "an argument is not valid")                                        \
-    X(ERR_OVERFLOW, "a size does not fit the machine's address space")                \
-    X(ERR_DTYPE, "the element type is another than the tensor's")                     \
-    X(ERR_SHAPE, "the shape does not fit the tensor")                                 \
-    X(ERR_CAPACITY, "more rows than the capacity")                                    \
-    X(ERR_OUT_OF_MEMORY, "no memory left, or the pool's budget is exhausted")         \
-    X(ERR_PINNED, "an export still covers these rows")                                \
-    X(ERR_BUSY, "the object is in use")                                               \
-    X(ERR_CLOSED, "the object has been closed")                                       \
-    X(ERR_FORKED, "the object belongs to the parent process")                         \
-    X(ERR_NO_DRIVER, "the driver library cannot be used here")                        \
-    X(ERR_NO_DEVICE, "there is no such device")                                       \
-    X(ERR_UNSUPPORTED, "the device cannot do this")                                   \
-    X(ERR_CAPTURING, "not possible while a stream is being captured")                 \
+#define VMM_STATUSES(X)                                                                            \
+    X(OK, "no error")                                                                              \
+    X(ERR_INVALID, "an argument is not valid")                                                     \
+    X(ERR_OVERFLOW, "a size does not fit the machine's address space")                             \
+    X(ERR_DTYPE, "the element type is another than the tensor's")                                  \
+    X(ERR_SHAPE, "the shape does not fit the tensor")                                              \
+    X(ERR_CAPACITY, "more rows than the capacity")                                                 \
+    X(ERR_OUT_OF_MEMORY, "no memory left, or the pool's budget is exhausted")                      \
+    X(ERR_PINNED, "an export still covers these rows")                                             \
+    X(ERR_BUSY, "the object is in use")                                                            \
+    X(ERR_CLOSED, "the object has been closed")                                                    \
+    X(ERR_FORKED, "the object belongs to the parent process")                                      \
+    X(ERR_NO_DRIVER, "the driver library cannot be used here")                                     \
+    X(ERR_NO_DEVICE, "there is no such device")                                                    \
+    X(ERR_UNSUPPORTED, "the device cannot do this")                                                \
+    X(ERR_CAPTURING, "not possible while a stream is being captured")                              \
     X(ERR_DRIVER, "the driver refused a call")
 
 typedef enum vmm_status {
@@ -156,17 +156,17 @@ VMM_API void vmm_device_close(vmm_device *device);
 
 typedef struct vmm_device_info {
     vmm_device_kind kind;
-    int index;                  /* N of "cuda:N"; 0 for the host */
-    char name[128];             /* the name vmm_device_open() took: "cuda:0" */
-    char description[128];      /* "NVIDIA H100 80GB HBM3", "host memory" */
-    size_t granularity_bytes;   /* the smallest block, and what every block is a multiple of */
-    size_t recommended_bytes;   /* the driver's recommended granularity */
-    size_t reservable_bytes;    /* the largest single reservation, found by trying powers of two */
-    size_t free_bytes;          /* physical memory not in use, now */
-    size_t total_bytes;         /* physical memory of the device */
-    int driver_version;         /* CUDA: 13000 for 13.0; 0 for the host */
-    int exportable_handles;     /* 1 if blocks could be exported as file descriptors */
-    char kernel[32];            /* which form of the append kernel is used: "fatbin", "ptx", "memcpy" */
+    int index;                /* N of "cuda:N"; 0 for the host */
+    char name[128];           /* the name vmm_device_open() took: "cuda:0" */
+    char description[128];    /* "NVIDIA H100 80GB HBM3", "host memory" */
+    size_t granularity_bytes; /* the smallest block, and what every block is a multiple of */
+    size_t recommended_bytes; /* the driver's recommended granularity */
+    size_t reservable_bytes;  /* the largest single reservation, found by trying powers of two */
+    size_t free_bytes;        /* physical memory not in use, now */
+    size_t total_bytes;       /* physical memory of the device */
+    int driver_version;       /* CUDA: 13000 for 13.0; 0 for the host */
+    int exportable_handles;   /* 1 if blocks could be exported as file descriptors */
+    char kernel[32]; /* which form of the append kernel is used: "fatbin", "ptx", "memcpy" */
 } vmm_device_info;
 
 /* vmm_device_query() - fill `out`. Makes a dozen driver calls; not for a hot path.
@@ -286,10 +286,10 @@ typedef struct vmm_spec {
                            * begins with length 0 */
     int axis;             /* the growth axis, 0 .. ndim - 1 */
     vmm_dtype dtype;
-    size_t capacity;      /* rows of address space, at least 1 */
+    size_t capacity; /* rows of address space, at least 1 */
     vmm_layout layout;
-    size_t block_bytes;   /* 0: the pool's; VMM_BLOCK_AUTO; or a multiple of the granularity */
-    int zero;             /* non-zero: rows taken by vmm_grow() read zero */
+    size_t block_bytes; /* 0: the pool's; VMM_BLOCK_AUTO; or a multiple of the granularity */
+    int zero;           /* non-zero: rows taken by vmm_grow() read zero */
 } vmm_spec;
 
 typedef struct vmm_tensor vmm_tensor;
@@ -471,16 +471,17 @@ VMM_API size_t vmm_pinned_rows(const vmm_tensor *tensor);
 /* ---- 9. Statistics ----------------------------------------------------------- */
 
 /* Driver calls, counted by name. */
-#define VMM_CALLS(X)                                                                      \
-    X(reserve) X(free) X(create) X(release) X(map) X(unmap) X(set_access) X(copy) X(fill) \
-    X(launch) X(event_record) X(event_wait) X(event_query) X(event_synchronize)           \
-    X(fence) X(stream_synchronize) X(stream_check) X(stream_capture)
+#define VMM_CALLS(X)                                                                               \
+    X(reserve)                                                                                     \
+    X(free) X(create) X(release) X(map) X(unmap) X(set_access) X(copy) X(fill) X(launch)           \
+        X(event_record) X(event_wait) X(event_query) X(event_synchronize) X(fence)                 \
+            X(stream_synchronize) X(stream_check) X(stream_capture)
 
 typedef enum vmm_call {
 #define VMM_CALL_ENUM(name) VMM_CALL_##name,
     VMM_CALLS(VMM_CALL_ENUM)
 #undef VMM_CALL_ENUM
-    VMM_CALL_COUNT
+        VMM_CALL_COUNT
 } vmm_call;
 
 /* "map" for VMM_CALL_map, NULL out of range. */

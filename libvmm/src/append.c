@@ -35,8 +35,7 @@ static vmm_status check_source(const vmm_tensor *tensor, const vmm_array *source
         return vmm_fail(VMM_ERR_DTYPE, operation,
                         "elements of DLPack type (code %u, %u bits) do not go into a tensor of "
                         "(code %u, %u bits): convert them first",
-                        source->dtype.code, source->dtype.bits, spec->dtype.code,
-                        spec->dtype.bits);
+                        source->dtype.code, source->dtype.bits, spec->dtype.code, spec->dtype.bits);
     if (source->ndim != spec->ndim)
         return vmm_fail(VMM_ERR_SHAPE, operation, "the source has %d dimensions, the tensor %d",
                         source->ndim, spec->ndim);
@@ -103,8 +102,8 @@ static void plan_append(copy_plan *plan, const vmm_tensor *tensor, const vmm_arr
         strides = dense;
     }
     copy_plan_make(plan, tensor->range->base + tensor->length * tensor->lane_row_bytes,
-                   tensor->strides, tensor->order, (uintptr_t)source->data, strides,
-                   source->shape, spec->ndim, tensor->itemsize);
+                   tensor->strides, tensor->order, (uintptr_t)source->data, strides, source->shape,
+                   spec->ndim, tensor->itemsize);
 }
 
 /* Jobs gathered for one launch. */
@@ -160,8 +159,8 @@ static vmm_status add_job(batch *batch, const copy_plan *plan) {
 
 /* Copy every source's rows behind its tensor's length. `submitted`: the device has been given
  * some of it, whatever is returned. */
-static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors,
-                            const vmm_array *sources, vmm_stream stream, bool *submitted) {
+static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
+                            vmm_stream stream, bool *submitted) {
     vmm_status status = VMM_OK;
     batch batch;
     batch.stream = stream;
@@ -177,8 +176,8 @@ static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors,
             pool_count(tensor->pool, tensor->driver_calls, VMM_CALL_copy);
             copy_plan_run(&plan);
         } else if (sources[i].memory == VMM_MEMORY_HOST) {
-            status = copy_plan_send(&plan, tensor->pool, tensor->driver_calls, stream,
-                                    &batch.submitted);
+            status =
+                copy_plan_send(&plan, tensor->pool, tensor->driver_calls, stream, &batch.submitted);
         } else {
             if (batch.n_jobs + batch.n_jobs_wide == 0) {
                 batch.pool = tensor->pool;
@@ -250,9 +249,8 @@ vmm_status append_checked(size_t n_tensors, vmm_tensor *const *tensors, const vm
         mapping |= rows_of(tensor, &sources[i]) > tensor->mapped - tensor->length;
     }
     bool submitted = false;
-    vmm_status status =
-        mapping ? map_and_copy(n_tensors, tensors, sources, stream, &submitted)
-                : copy_rows(n_tensors, tensors, sources, stream, &submitted);
+    vmm_status status = mapping ? map_and_copy(n_tensors, tensors, sources, stream, &submitted)
+                                : copy_rows(n_tensors, tensors, sources, stream, &submitted);
     for (size_t i = 0; i < n_tensors; i++) {
         size_t n_rows = rows_of(tensors[i], &sources[i]);
         if (n_rows == 0)
@@ -265,8 +263,8 @@ vmm_status append_checked(size_t n_tensors, vmm_tensor *const *tensors, const vm
     return status;
 }
 
-vmm_status vmm_append_many(size_t n_tensors, vmm_tensor *const *tensors,
-                           const vmm_array *sources, vmm_stream stream) {
+vmm_status vmm_append_many(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
+                           vmm_stream stream) {
     if (n_tensors == 0)
         return VMM_OK;
     if (!tensors || !sources)

@@ -26,15 +26,15 @@
 #define VMM_APPEND_JOBS 32
 #define VMM_APPEND_JOBS_WIDE 16
 
-#define VMM_APPEND_JOB_FIELDS(dims)                                             \
-    uint64_t dst;                                                               \
-    uint64_t src;                                                               \
-    uint64_t n_units;   /* in the whole job: product of counts * run_units */   \
-    uint64_t run_units; /* run_bytes / unit_bytes */                            \
-    uint32_t unit_bytes;                                                        \
-    uint32_t n_outer;                                                           \
-    uint64_t count[dims];                                                       \
-    int64_t dst_stride[dims];                                                   \
+#define VMM_APPEND_JOB_FIELDS(dims)                                                                \
+    uint64_t dst;                                                                                  \
+    uint64_t src;                                                                                  \
+    uint64_t n_units;   /* in the whole job: product of counts * run_units */                      \
+    uint64_t run_units; /* run_bytes / unit_bytes */                                               \
+    uint32_t unit_bytes;                                                                           \
+    uint32_t n_outer;                                                                              \
+    uint64_t count[dims];                                                                          \
+    int64_t dst_stride[dims];                                                                      \
     int64_t src_stride[dims];
 
 typedef struct vmm_append_job {

@@ -6,9 +6,9 @@
 
 #include "error.h"
 
-void copy_plan_make(copy_plan *plan, uintptr_t dst, const int64_t *dst_strides,
-                    const int *order, uintptr_t src, const int64_t *src_strides,
-                    const int64_t *shape, int ndim, size_t itemsize) {
+void copy_plan_make(copy_plan *plan, uintptr_t dst, const int64_t *dst_strides, const int *order,
+                    uintptr_t src, const int64_t *src_strides, const int64_t *shape, int ndim,
+                    size_t itemsize) {
     int n = 0;
     plan->dst = dst;
     plan->src = src;
@@ -36,8 +36,7 @@ void copy_plan_make(copy_plan *plan, uintptr_t dst, const int64_t *dst_strides,
 }
 
 /* Step through the first `n` outer dimensions. False when all have been visited. */
-static bool next_run(const copy_plan *plan, int n, size_t *index, uintptr_t *dst,
-                     uintptr_t *src) {
+static bool next_run(const copy_plan *plan, int n, size_t *index, uintptr_t *dst, uintptr_t *src) {
     for (int i = n - 1; i >= 0; i--) {
         *dst += (uintptr_t)plan->dst_stride[i];
         *src += (uintptr_t)plan->src_stride[i];
@@ -62,8 +61,7 @@ void copy_plan_run(const copy_plan *plan) {
  * is left are the pieces that one copy of dense data can fill. */
 static copy_plan dense_in_destination(const copy_plan *plan) {
     copy_plan dense = *plan;
-    while (dense.n_outer > 0 &&
-           dense.dst_stride[dense.n_outer - 1] == (int64_t)dense.run_bytes)
+    while (dense.n_outer > 0 && dense.dst_stride[dense.n_outer - 1] == (int64_t)dense.run_bytes)
         dense.run_bytes *= dense.count[--dense.n_outer];
     return dense;
 }
@@ -97,8 +95,7 @@ vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tenso
     uintptr_t dst = pieces.dst, src = pieces.src;
     vmm_status status;
     do {
-        status = DRIVER(pool, tensor_calls, copy, dst, (const void *)src, pieces.run_bytes,
-                        stream);
+        status = DRIVER(pool, tensor_calls, copy, dst, (const void *)src, pieces.run_bytes, stream);
         *submitted |= !status;
     } while (!status && next_run(&pieces, pieces.n_outer, index, &dst, &src));
     /* Pinned memory is read after the call has returned. Also behind a failure: earlier
@@ -123,20 +120,20 @@ static uint32_t unit_bytes(const copy_plan *plan) {
 }
 
 /* The two forms differ in the length of their arrays only. */
-#define FILL_JOB(plan, job)                                       \
-    do {                                                          \
-        (job)->dst = (plan)->dst;                                 \
-        (job)->src = (plan)->src;                                 \
-        (job)->unit_bytes = unit_bytes(plan);                     \
-        (job)->run_units = (plan)->run_bytes / (job)->unit_bytes; \
-        (job)->n_units = (job)->run_units;                        \
-        (job)->n_outer = (uint32_t)(plan)->n_outer;               \
-        for (int i = 0; i < (plan)->n_outer; i++) {               \
-            (job)->n_units *= (plan)->count[i];                   \
-            (job)->count[i] = (plan)->count[i];                   \
-            (job)->dst_stride[i] = (plan)->dst_stride[i];         \
-            (job)->src_stride[i] = (plan)->src_stride[i];         \
-        }                                                         \
+#define FILL_JOB(plan, job)                                                                        \
+    do {                                                                                           \
+        (job)->dst = (plan)->dst;                                                                  \
+        (job)->src = (plan)->src;                                                                  \
+        (job)->unit_bytes = unit_bytes(plan);                                                      \
+        (job)->run_units = (plan)->run_bytes / (job)->unit_bytes;                                  \
+        (job)->n_units = (job)->run_units;                                                         \
+        (job)->n_outer = (uint32_t)(plan)->n_outer;                                                \
+        for (int i = 0; i < (plan)->n_outer; i++) {                                                \
+            (job)->n_units *= (plan)->count[i];                                                    \
+            (job)->count[i] = (plan)->count[i];                                                    \
+            (job)->dst_stride[i] = (plan)->dst_stride[i];                                          \
+            (job)->src_stride[i] = (plan)->src_stride[i];                                          \
+        }                                                                                          \
     } while (0)
 
 void copy_plan_to_job(const copy_plan *plan, vmm_append_job *out) {

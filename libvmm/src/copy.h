@@ -21,9 +21,9 @@ typedef struct copy_plan {
 
 /* Strides in bytes; `order` lists the dimensions from the outermost in the destination.
  * No size is 0. */
-void copy_plan_make(copy_plan *plan, uintptr_t dst, const int64_t *dst_strides,
-                    const int *order, uintptr_t src, const int64_t *src_strides,
-                    const int64_t *shape, int ndim, size_t itemsize);
+void copy_plan_make(copy_plan *plan, uintptr_t dst, const int64_t *dst_strides, const int *order,
+                    uintptr_t src, const int64_t *src_strides, const int64_t *shape, int ndim,
+                    size_t itemsize);
 
 void copy_plan_run(const copy_plan *plan);
 

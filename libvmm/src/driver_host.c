@@ -90,8 +90,8 @@ static vmm_status host_reserve(void *state, size_t bytes, size_t alignment, uint
     size_t spare = alignment > page ? alignment - page : 0;
     if (bytes > SIZE_MAX - spare)
         return fail_reserve("mmap", ENOMEM, bytes);
-    char *address = mmap(NULL, bytes + spare, PROT_NONE,
-                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *address =
+        mmap(NULL, bytes + spare, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (address == MAP_FAILED)
         return fail_reserve("mmap", errno, bytes);
     size_t before = spare ? (alignment - (uintptr_t)address % alignment) % alignment : 0;

@@ -26,8 +26,8 @@ vmm_status vmm_fail(vmm_status status, const char *operation, const char *format
     return status;
 }
 
-vmm_status vmm_fail_driver(vmm_status status, int code, const char *operation,
-                           const char *format, ...) {
+vmm_status vmm_fail_driver(vmm_status status, int code, const char *operation, const char *format,
+                           ...) {
     va_list arguments;
     va_start(arguments, format);
     record(status, code, operation, format, arguments);

@@ -12,8 +12,8 @@ vmm_status vmm_fail(vmm_status status, const char *operation, const char *format
     VMM_PRINTF(3, 4);
 
 /* The same for a driver's call: `code` is the driver's own, `operation` its call's name. */
-vmm_status vmm_fail_driver(vmm_status status, int code, const char *operation,
-                           const char *format, ...) VMM_PRINTF(4, 5);
+vmm_status vmm_fail_driver(vmm_status status, int code, const char *operation, const char *format,
+                           ...) VMM_PRINTF(4, 5);
 
 /* Add a sentence to the failure just recorded. */
 void vmm_fail_note(const char *format, ...) VMM_PRINTF(1, 2);

@@ -241,8 +241,7 @@ vmm_status vmm_stream_wait(vmm_device *device, vmm_stream waiter, vmm_stream pro
         return status;
     status = ops->event_record(device->state, event, producer);
     if (!status)
-        status = ops->event_wait(device->state, waiter, event,
-                                 waiter_capture && !producer_capture);
+        status = ops->event_wait(device->state, waiter, event, waiter_capture && !producer_capture);
     ops->event_destroy(device->state, event);
     return status;
 }

@@ -220,8 +220,8 @@ static vmm_status reclaim_covered(pool_work *work, bool parked_only) {
         list = entry->next;
         bool gone = false;
         pthread_mutex_lock(&pool->lock);
-        bool fenced = !parked_only && (!pool->device->ops->is_async ||
-                                       pool->fences_passed > entry->epoch);
+        bool fenced =
+            !parked_only && (!pool->device->ops->is_async || pool->fences_passed > entry->epoch);
         bool useful = fenced || entry->parked_bytes > 0;
         pthread_mutex_unlock(&pool->lock);
         if (useful) {

@@ -32,10 +32,10 @@ typedef struct pool_block {
 typedef struct pool_entry {
     struct pool_entry *next;
     bool linked;
-    bool retired;         /* the owner is gone: reclaim frees the entry when nothing is left */
-    uint64_t epoch;       /* the number of the last fence that does not cover it */
-    size_t queued_bytes;  /* awaiting a fence */
-    size_t parked_bytes;  /* refused by the driver, awaiting the next try */
+    bool retired;        /* the owner is gone: reclaim frees the entry when nothing is left */
+    uint64_t epoch;      /* the number of the last fence that does not cover it */
+    size_t queued_bytes; /* awaiting a fence */
+    size_t parked_bytes; /* refused by the driver, awaiting the next try */
     /* Give back what is covered; with `fenced` all of it, else only what is parked. Under
      * work. Sets `gone` when the entry has been freed. */
     vmm_status (*reclaim)(struct pool_entry *entry, struct pool_work *work, bool fenced,
@@ -94,8 +94,8 @@ static inline void pool_count(vmm_pool *pool, uint64_t *tensor_calls, vmm_call c
 }
 
 /* Call the driver, counted: DRIVER(pool, tensor_calls, map, address, bytes, handle). */
-#define DRIVER(pool, tensor_calls, verb, ...)               \
-    (pool_count((pool), (tensor_calls), VMM_CALL_##verb),   \
+#define DRIVER(pool, tensor_calls, verb, ...)                                                      \
+    (pool_count((pool), (tensor_calls), VMM_CALL_##verb),                                          \
      (pool)->device->ops->verb((pool)->device->state, __VA_ARGS__))
 
 /* `may_fence` false when a stream that takes part is known to be capturing. What was parked

@@ -115,8 +115,7 @@ static void make_stale(range *range, range_lane *lane, size_t n_live) {
 
 vmm_status range_create(vmm_pool *pool, size_t n_lanes, size_t lane_bytes, size_t block_bytes,
                         uint64_t *tensor_calls, range **out) {
-    size_t unit =
-        block_bytes == VMM_BLOCK_AUTO ? pool->device->granularity_bytes : block_bytes;
+    size_t unit = block_bytes == VMM_BLOCK_AUTO ? pool->device->granularity_bytes : block_bytes;
     size_t rounded, bytes, header;
     if (__builtin_add_overflow(lane_bytes, unit - 1, &rounded) ||
         __builtin_mul_overflow(rounded / unit * unit, n_lanes, &bytes) || bytes > PTRDIFF_MAX ||
@@ -222,8 +221,8 @@ static vmm_status map_next(range_change *change, range *range, size_t lane_index
     return VMM_OK;
 }
 
-static vmm_status extend_lane(range_change *change, range *range, size_t lane_index,
-                              size_t bytes, bool wait) {
+static vmm_status extend_lane(range_change *change, range *range, size_t lane_index, size_t bytes,
+                              bool wait) {
     range_lane *lane = &range->lanes[lane_index];
     size_t open_from = lane->live_bytes;
     if (change->n_marks == change->room) {

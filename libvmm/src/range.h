@@ -24,7 +24,7 @@ typedef struct range {
     vmm_pool *pool;
     uintptr_t base;
     size_t bytes;
-    size_t lane_bytes; /* a multiple of every block size */
+    size_t lane_bytes;  /* a multiple of every block size */
     size_t block_bytes; /* VMM_BLOCK_AUTO or bytes */
     size_t n_lanes;
     size_t in_use_bytes;  /* in live blocks; under the pool's lock */
@@ -44,7 +44,7 @@ void range_retire(range *range);
 typedef struct range_mark {
     range *range;
     size_t lane;
-    size_t n_live;   /* before the change */
+    size_t n_live; /* before the change */
     size_t n_blocks;
 } range_mark;
 

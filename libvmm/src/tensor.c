@@ -51,12 +51,9 @@ static bool times(size_t *value, int64_t factor) {
 /* Is a lane made for each index of dimension `d`? */
 static bool is_lane_dimension(const vmm_spec *spec, int d) {
     switch (spec->layout) {
-    case VMM_LAYOUT_LANE:
-        return d == 0 && spec->axis != 0;
-    case VMM_LAYOUT_C:
-        return d < spec->axis;
-    default:
-        return false;
+    case VMM_LAYOUT_LANE: return d == 0 && spec->axis != 0;
+    case VMM_LAYOUT_C: return d < spec->axis;
+    default: return false;
     }
 }
 
@@ -255,8 +252,8 @@ static vmm_status fill_zero(vmm_tensor *tensor, size_t n_rows, bool *submitted) 
     uintptr_t first = tensor->range->base + tensor->length * tensor->lane_row_bytes;
     for (size_t lane = 0; lane < tensor->n_lanes && !status; lane++) {
         status = DRIVER(tensor->pool, tensor->driver_calls, fill,
-                        first + lane * tensor->range->lane_bytes,
-                        n_rows * tensor->lane_row_bytes, stream);
+                        first + lane * tensor->range->lane_bytes, n_rows * tensor->lane_row_bytes,
+                        stream);
         *submitted |= !status;
     }
     if (*submitted)

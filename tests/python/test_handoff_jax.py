@@ -259,11 +259,17 @@ def test_append(device, layout, n_rows):
 
 
 def test_append_of_a_result_that_is_still_being_computed(device):
-    work = jax.jit(lambda a: jax.lax.fori_loop(0, 200, lambda _, b: jnp.tanh(b @ b), a)[:4])
-    a = place(np.full((256, 256), 1 / 256, "float32"), device)
+    n_steps = 200 if device == "host" else 5000  # tens of milliseconds
+
+    @jax.jit
+    def work(a):
+        return jax.lax.fori_loop(0, n_steps, lambda _, b: jnp.tanh(b @ b) + a, a)[:4]
+
+    a = rows(device, 256, 256, dtype="uint8").astype("float32") / 4096
+    expected = work(a).block_until_ready()  # compiled, so that the next call returns at once
     t = make(device, shape=(0, 256), axis=0)
     t.append(work(a))
-    assert equal(from_dlpack(t), work(a))
+    assert equal(from_dlpack(t), expected)
 
 
 def test_append_of_dtypes_jax_exports(device):
