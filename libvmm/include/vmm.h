@@ -471,11 +471,27 @@ VMM_API size_t vmm_pinned_rows(const vmm_tensor *tensor);
 /* ---- 9. Statistics ----------------------------------------------------------- */
 
 /* Driver calls, counted by name. */
-#define VMM_CALLS(X)                                                                               \
-    X(reserve)                                                                                     \
-    X(free) X(create) X(release) X(map) X(unmap) X(set_access) X(copy) X(fill) X(launch)           \
-        X(event_record) X(event_wait) X(event_query) X(event_synchronize) X(fence)                 \
-            X(stream_synchronize) X(stream_check) X(stream_capture)
+/* clang-format off */
+#define VMM_CALLS(X)          \
+    X(reserve)                \
+    X(free)                   \
+    X(create)                 \
+    X(release)                \
+    X(map)                    \
+    X(unmap)                  \
+    X(set_access)             \
+    X(copy)                   \
+    X(fill)                   \
+    X(launch)                 \
+    X(event_record)           \
+    X(event_wait)             \
+    X(event_query)            \
+    X(event_synchronize)      \
+    X(fence)                  \
+    X(stream_synchronize)     \
+    X(stream_check)           \
+    X(stream_capture)
+/* clang-format on */
 
 typedef enum vmm_call {
 #define VMM_CALL_ENUM(name) VMM_CALL_##name,
