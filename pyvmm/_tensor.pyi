@@ -55,6 +55,7 @@ def empty(
 def append_many(
     tensors: Sequence[VTensor], sources: Sequence[_Array], stream: _Stream | None = None
 ) -> None: ...
+
 @final
 class VTensor:
     @property
