@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyvmm
@@ -90,9 +91,9 @@ def info() -> int:
     return 0
 
 
-def find_devices() -> tuple[list[dict[str, object]], str]:
+def find_devices() -> tuple[list[Mapping[str, object]], str]:
     """What is known of each device, and why there is no (further) GPU."""
-    found: list[dict[str, object]] = [pyvmm.device_info("host")]
+    found: list[Mapping[str, object]] = [pyvmm.device_info("host")]
     while True:
         try:
             found.append(pyvmm.device_info(f"cuda:{len(found) - 1}"))

@@ -84,7 +84,7 @@ def format_of(element: Element) -> str | None:
     """The format of an element in a buffer, None where the buffer protocol has none."""
     if element.code not in _NATIVE:
         return None
-    return memoryview(numpy.empty(0, element.dtype)).format
+    return numpy.empty(0, element.dtype).data.format
 
 
 def _unknown(dtype: object) -> TypeError:

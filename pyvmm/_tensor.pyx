@@ -19,7 +19,7 @@ from posix.unistd cimport getpid, usleep
 
 from pyvmm._buffer cimport fill_buffer, release_buffer
 from pyvmm._device cimport canonical_name
-from pyvmm._dlpack cimport DL_CPU, DL_CUDA, Region, make_capsule
+from pyvmm._dlpack cimport DL_CPU, Region, make_capsule
 from pyvmm._error cimport check, raise_status
 from pyvmm._libvmm cimport (
     VMM_ERR_BUSY,
@@ -70,7 +70,7 @@ from pyvmm._libvmm cimport (
     vmm_unpin,
 )
 from pyvmm._pool cimport Pool, block_bytes_of, calls_by_name, default_pool_of
-from pyvmm._source cimport Source, Target, check_shape, close_source, describe, read_source
+from pyvmm._source cimport Source, check_shape, close_source, describe, read_source
 from pyvmm._stream cimport drop_what_was_read, keep_until_read, stream_of
 
 from pyvmm._dtypes import element_of, format_of
