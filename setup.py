@@ -1,14 +1,15 @@
 """Builds libvmm.so with make and the Cython extensions beside it. Metadata: pyproject.toml."""
 
-import os
-import shutil
-import subprocess
 import sys
-import sysconfig
-from glob import glob
 
 if not sys.platform.startswith("linux"):
     raise SystemExit(f"pyvmm builds and runs on Linux only; this is {sys.platform}")
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from glob import glob
 
 try:
     from setuptools import Command, Distribution, Extension, setup
@@ -19,7 +20,7 @@ except ImportError:
 HERE = os.path.dirname(os.path.abspath(__file__))
 os.chdir(HERE)  # the paths below are relative, as setuptools wants them
 sys.path.insert(0, HERE)
-from _build_backend import find_nvcc  # noqa: E402
+from _build_backend import find_nvcc
 
 LIBRARY = "libvmm.so.0"  # the SONAME, the name the extensions look for beside themselves
 PREREQUISITES = "apt install python3-venv python3-dev gcc g++ make"

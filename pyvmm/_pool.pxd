@@ -26,3 +26,4 @@ cdef class Pool:
 
 
 cdef Pool default_pool_of(str device)
+cdef int before_answers(object let_go) except -1

@@ -37,6 +37,17 @@ from pyvmm._error import VMMError
 from pyvmm._sizes import byte_count
 
 
+# What appends keep alive until it has been read (_stream.pyx, a layer above) may be memory
+# of a pool, so it is let go of, if it can be, before a pool says what it holds.
+cdef object _let_go = None
+
+
+cdef int before_answers(object let_go) except -1:
+    global _let_go
+    _let_go = let_go
+    return 0
+
+
 cdef size_t block_bytes_of(object block_size) except 0:
     """The library's number for "auto", 2097152 or "2MiB"."""
     if isinstance(block_size, str) and block_size == "auto":
@@ -194,7 +205,10 @@ cdef class Pool:
         Raises VMMError when closed."""
         cdef vmm_pool_stats stats
         cdef vmm_status status
-        cdef vmm_pool *handle = self.enter("stats")
+        cdef vmm_pool *handle
+        if _let_go is not None:
+            _let_go()
+        handle = self.enter("stats")
         with nogil:
             status = vmm_pool_statistics(handle, &stats)
         self.leave()
@@ -218,7 +232,10 @@ cdef class Pool:
         Raises VMMError: during a capture when something is queued, or when closed."""
         cdef int must_wait = bool(wait)
         cdef vmm_status status
-        cdef vmm_pool *handle = self.enter("trim")
+        cdef vmm_pool *handle
+        if _let_go is not None:
+            _let_go()
+        handle = self.enter("trim")
         with nogil:
             status = vmm_pool_trim(handle, must_wait)
         self.leave()
@@ -280,6 +297,8 @@ cdef class Pool:
         twice is fine."""
         if self.handle == NULL:
             return
+        if _let_go is not None:
+            _let_go()
         if self.users:
             raise_status(VMM_ERR_BUSY, "close", "another thread is using this pool")
         # Taken away first: no other thread may use it while it is being closed.

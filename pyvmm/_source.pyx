@@ -72,7 +72,7 @@ cdef int read_source(object x, const Target *target, vmm_stream stream, Source *
             return _read_by_table(x, table, target, out)
         if target.device.device_type != DL_CPU:
             interface = getattr(x, "__cuda_array_interface__", None)
-            if interface is not None and _has_plain_type(interface):
+            if interface is not None and _is_enough(x, interface):
                 return _read_interface(x, interface, target, out)
         if isinstance(x, _ndarray):
             return _read_buffer(x, target, out)
@@ -284,12 +284,15 @@ cdef int _read_by_dlpack(object x, const Target *target, vmm_stream stream,
 
 # ---- __cuda_array_interface__ -----------------------------------------------------
 
-cdef bint _has_plain_type(object interface) except -1:
-    """Elements such as bfloat16 have no typestr of their own: DLPack can name them."""
+cdef bint _is_enough(object x, object interface) except -1:
+    """Does the interface say all that DLPack would? Elements such as bfloat16 have no typestr
+    of their own. Before version 3 it does not say when the data is there, and JAX's, which
+    is of version 2, does not wait for it either."""
     typestr = interface["typestr"]
     if not isinstance(typestr, str) or len(typestr) < 3:
         raise TypeError(f"__cuda_array_interface__ of x has the typestr {typestr!r}")
-    return typestr[1] != "V"
+    is_ordered = interface.get("version", 0) >= 3 or not hasattr(x, "__dlpack__")
+    return is_ordered and typestr[1] != "V"
 
 
 cdef int _read_interface(object x, object interface, const Target *target, Source *out) except -1:

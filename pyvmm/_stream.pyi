@@ -1,1 +1,2 @@
-# Nothing here is seen from Python.
+# Nothing here is meant to be called from Python.
+def _let_go() -> None: ...

@@ -535,7 +535,8 @@ cdef dict _interface(VTensor tensor, Py_ssize_t start, Py_ssize_t stop):
         "shape": shape,
         "typestr": tensor.dtype_.str,
         "data": (0 if 0 in shape else <size_t>region.data, False),
-        "strides": tensor.strides_,
+        # CuPy takes strides over no elements for memory that it then asks the driver about.
+        "strides": None if 0 in shape else tensor.strides_,
         "version": 3,
         # The reader makes its own stream wait for this one.
         "stream": <size_t>stream,
@@ -897,6 +898,8 @@ cdef class VTensor:
         cdef vmm_tensor *handle
         if self.handle == NULL:
             return
+        if not self.on_host:
+            drop_what_was_read()  # which may be a view of this tensor
         handle = self.enter("close")
         # Taken away first: no other thread may use it while it is being closed.
         self.handle = NULL

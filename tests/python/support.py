@@ -53,7 +53,8 @@ def run_python(code, *, check=True, **environment):
     """Run a program in a new interpreter; with `check` it must succeed and say nothing on
     stderr. Its stdout is the result."""
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        # Python warns of any fork while a thread runs, and the CUDA driver has some.
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": _MODULES, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -109,7 +109,7 @@ def wheel(tmp_path_factory):
             archive.extractall(folder, filter="data")
         else:
             archive.extractall(folder)
-    (tree,) = folder.glob("pyvmm-*/")
+    (tree,) = (path for path in folder.glob("pyvmm-*") if path.is_dir())
     call_backend(f"build_wheel({str(folder)!r})", tree)
     (path,) = folder.glob("*.whl")
     return path
