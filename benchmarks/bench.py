@@ -7,11 +7,16 @@ import ctypes
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import pyvmm
+try:
+    import pyvmm
+except ModuleNotFoundError:  # built in place and not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import pyvmm
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

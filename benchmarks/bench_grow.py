@@ -37,6 +37,9 @@ def new_blocks(bench: Bench, block: int, size: str) -> None:
     with pyvmm.empty(
         (0, ROW), "uint8", axis=0, capacity=n * (rest + 1), device=bench.device, block_size=block
     ) as t:
+        if not bench.is_cuda:  # memory that the machine has handed out before
+            t.map(t.capacity)
+            t.trim()
         samples = []
         for _ in range(n):
             samples.append(timed(lambda: t.grow(1)))

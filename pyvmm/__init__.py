@@ -1,8 +1,12 @@
 """Tensors that grow in place, on CUDA virtual memory and on the host.
 
-t = pyvmm.empty((8, 0, 32, 128), "float16", axis=1, capacity=131072, device="cuda:0")
-t.append(x)                    # any array, any number of rows along axis 1
-keys = torch.from_dlpack(t)    # shares memory, as with NumPy, CuPy, JAX, Paddle
+For example:
+
+    t = pyvmm.empty((8, 0, 32, 128), "float16", axis=1, capacity=131072, device="cuda:0")
+    t.append(x)                    # any array, any number of rows along axis 1
+    keys = torch.from_dlpack(t)    # shares memory, as with NumPy, CuPy, JAX, Paddle
+
+The README is the introduction; help(pyvmm.empty) and help(pyvmm.VTensor) say the rest.
 """
 
 from __future__ import annotations

@@ -33,12 +33,16 @@ def show(table: Table) -> None:
         title_justify="left",
         caption_justify="left",
         padding=(0, 1),
+        show_edge=False,
+        pad_edge=False,
     )
     for column, side in zip(table.columns, align, strict=True):
         made.add_column(column, justify="left" if side == "l" else "right", overflow="fold")
     for row in table.rows:
         made.add_row(*row)
-    rich.console.Console(markup=False, highlight=False).print(made)
+    console = rich.console.Console(markup=False, highlight=False)
+    console.print()
+    console.print(made)
 
 
 def _show_plain(table: Table, align: str) -> None:

@@ -30,7 +30,6 @@ class _CuPyStream(Protocol):
     def ptr(self) -> int: ...
 
 _Stream: TypeAlias = int | _CudaStream | _TorchStream | _CuPyStream
-_Layout: TypeAlias = Literal["seq", "lane", "c"]
 
 class _TensorStats(TypedDict):
     reserved_bytes: int
@@ -47,7 +46,7 @@ def empty(
     axis: SupportsIndex | None = None,
     capacity: SupportsIndex,
     device: str | None = None,
-    layout: _Layout | None = None,
+    layout: str | None = None,  # "seq", "lane", "c"
     block_size: int | str | None = None,
     pool: Pool | None = None,
     zero: bool = False,
@@ -69,7 +68,7 @@ class VTensor:
     @property
     def axis(self) -> int: ...
     @property
-    def layout(self) -> _Layout: ...
+    def layout(self) -> Literal["seq", "lane", "c"]: ...
     @property
     def length(self) -> int: ...
     @property

@@ -130,3 +130,28 @@ def empty(device):
     return functools.partial(
         pyvmm.empty, shape=(0, 4), dtype="float32", axis=0, capacity=1000, device=device
     )
+
+
+@pytest.fixture
+def streams(cuda):
+    """Three streams, without order between them and the default one."""
+    made = [cuda_helper.Stream() for _ in range(3)]
+    yield made
+    cuda_helper.synchronize()
+    for stream in made:
+        stream.close()
+
+
+@pytest.fixture
+def arrays(cuda):
+    """arrays(kind, contents, ...): device arrays that are freed at the end."""
+    made = []
+
+    def make(kind, *arguments):
+        made.append(kind(*arguments))
+        return made[-1]
+
+    yield make
+    cuda_helper.synchronize()
+    while made:
+        made.pop().free()

@@ -1,7 +1,8 @@
 """Streams: whose work waits for whose. On a GPU or the simulated driver.
 
 A gate is work on a stream that is not done until the test opens it: what is seen while it
-is shut has not waited, and what is right after it opens has.
+is shut has not waited, and what is right after it opens has. One gate at a time: a GPU's
+driver runs the host functions of all streams on one thread.
 """
 
 import gc
@@ -13,7 +14,7 @@ import pytest
 
 import cuda_helper
 import pyvmm
-from cuda_helper import CapsuleArray, Capture, DeviceArray, Gate, InterfaceArray, Stream
+from cuda_helper import CapsuleArray, DeviceArray, Gate, InterfaceArray, Stream
 from model import LAYOUTS, pattern, same
 from support import calls, calls_since, run_python, to_numpy
 
@@ -25,35 +26,11 @@ def rows(n, seed=0):
 
 
 @pytest.fixture
-def streams(cuda):
-    made = [Stream() for _ in range(3)]
-    yield made
-    cuda_helper.synchronize()
-    for stream in made:
-        stream.close()
-
-
-@pytest.fixture
 def tensor(cuda):
     with pyvmm.empty((0, 4), "float32", axis=0, capacity=1000, device=cuda) as t:
         t.map(1000)
         yield t
         cuda_helper.synchronize()
-
-
-@pytest.fixture
-def arrays(cuda):
-    """arrays(kind, contents, ...): device arrays that are freed at the end."""
-    made = []
-
-    def make(kind, *arguments):
-        made.append(kind(*arguments))
-        return made[-1]
-
-    yield make
-    cuda_helper.synchronize()
-    while made:
-        made.pop().free()
 
 
 # ---- producers ----------------------------------------------------------------------
@@ -158,25 +135,24 @@ def test_source_is_kept_until_it_has_been_read(tensor, streams):
         cuda_helper.call("cuMemFree_v2", memory)
 
 
+@pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_append_many_waits_for_every_producer(cuda, streams, arrays, layout):
-    a, b, stream = streams
-    x, y = (arrays(InterfaceArray, pattern((2, 5, 4), "float32"), s) for s in (a, b))
-    late = arrays(DeviceArray, pattern((2, 5, 4), "float32", 1))
+def test_append_many_waits_for_every_producer(cuda, streams, arrays, layout, late):
+    *producers, stream = streams
+    values = [pattern((2, 5, 4), "float32", seed) for seed in range(2)]
+    sources = [arrays(InterfaceArray, values[0], producer) for producer in producers]
+    update = arrays(DeviceArray, values[1])
     tensors = [
         pyvmm.empty((2, 0, 4), "float32", axis=1, capacity=99, device=cuda, layout=layout)
-        for _ in range(2)
+        for _ in sources
     ]
-    with Gate(a) as first, Gate(b) as second:
-        x.copy_from(late, a)
-        y.copy_from(late, b)
-        pyvmm.append_many(tensors, [x, y], stream=int(stream))
-        first.open()
-        a.synchronize()
+    with Gate(producers[late]) as gate:
+        sources[late].copy_from(update, producers[late])
+        pyvmm.append_many(tensors, sources, stream=int(stream))
         assert not stream.is_done()
-        second.open()
-        for t in tensors:
-            assert same(to_numpy(t), pattern((2, 5, 4), "float32", 1))
+        gate.open()
+        for i, t in enumerate(tensors):
+            assert same(to_numpy(t), values[i == late])
     for t in tensors:
         t.close()
 
@@ -251,25 +227,23 @@ def test_truncate_waits_for_the_readers_stream(tensor, streams, arrays):
         assert same(out.get(), rows(50))
 
 
-def test_truncate_waits_for_every_reader_named(tensor, streams, arrays):
-    a, b, writer = streams
+@pytest.mark.parametrize("late", [0, 1])
+def test_truncate_waits_for_every_reader_named(tensor, streams, arrays, late):
+    *readers, writer = streams
     x, y = arrays(InterfaceArray, rows(50)), arrays(InterfaceArray, rows(50, 1))
-    outs = [arrays(DeviceArray, rows(30, 2)) for _ in range(2)]
+    outs = [arrays(DeviceArray, rows(40, 2)) for _ in readers]
     tensor.append(x, stream=int(writer))
     writer.synchronize()
-    with Gate(a) as first, Gate(b) as second:
-        outs[0].copy_from(tensor.ptr + 20 * 16, a)
-        tensor.truncate(40, stream=int(a))
-        outs[1].copy_from(tensor.ptr, b)
-        tensor.truncate(0, stream=int(b))
+    with Gate(readers[late]) as gate:
+        for n_rows, reader, out in zip((40, 0), readers, outs, strict=True):
+            out.copy_from(tensor.ptr, reader)
+            tensor.truncate(n_rows, stream=int(reader))
         tensor.append(y, stream=int(writer))
-        first.open()
-        a.synchronize()
         assert not writer.is_done()
-        second.open()
+        gate.open()
         assert same(to_numpy(tensor), rows(50, 1))
-        assert same(outs[0].get(), rows(50)[20:])
-        assert same(outs[1].get(), rows(50)[:30])
+        for out in outs:
+            assert same(out.get(), rows(50)[:40])
 
 
 def test_fork_comes_after_the_last_append(tensor, streams, arrays):
@@ -366,7 +340,6 @@ def test_streams_of_their_own(cuda, streams, arrays):
     x = arrays(InterfaceArray, rows(50))
     tensors = [pyvmm.empty((0, 4), "float32", axis=0, capacity=500, device=cuda) for _ in range(2)]
     outs = [arrays(DeviceArray, rows(500, 2)) for _ in range(2)]
-    # One gate only: the driver runs the host functions of all streams on one thread.
     with Gate(a) as first:
         for _ in range(10):
             for t, stream in zip(tensors, (a, b), strict=True):
@@ -469,97 +442,3 @@ def test_stream_and_source_of_another_device(simulator):
         """,
         VMM_SIM_DEVICES="2",
     )
-
-
-# ---- captures -----------------------------------------------------------------------
-
-
-def test_captured_append_runs_with_the_graph(tensor, streams, arrays):
-    a = streams[0]
-    x = arrays(InterfaceArray, rows(5), a)
-    tensor.append(arrays(InterfaceArray, rows(5, 7)), stream=int(a))
-    with Capture(a) as graph:
-        for _ in range(3):
-            tensor.append(x)
-    assert tensor.length == 20
-    for seed in (1, 2):
-        x.set(rows(5, seed))
-        graph.launch(a)
-        expected = np.concatenate([rows(5, 7)] + [rows(5, seed)] * 3)
-        assert same(to_numpy(tensor), expected)
-    graph.close()
-
-
-def test_growth_during_a_capture(cuda, streams, arrays):
-    """Mapping is no part of the graph; it is allowed, also in the strictest mode."""
-    a = streams[0]
-    x = arrays(InterfaceArray, rows(1000), a)
-    with pyvmm.empty((0, 4), "float32", axis=0, capacity=300_000, device=cuda) as t:
-        with Capture(a) as graph:
-            for _ in range(300):
-                t.append(x)
-        graph.launch(a)
-        assert same(to_numpy(t), np.concatenate([rows(1000)] * 300))
-        graph.close()
-
-
-def test_host_source_during_a_capture_is_refused(tensor, streams, arrays):
-    a = streams[0]
-    x = arrays(InterfaceArray, rows(5), a)
-    with Capture(a) as graph:
-        with pytest.raises(pyvmm.VMMError) as error:
-            tensor.append(rows(5), stream=int(a))
-        assert error.value.status == "VMM_ERR_CAPTURING"
-        tensor.append(x)
-    graph.launch(a)  # so the capture has survived
-    assert same(to_numpy(tensor), rows(5))
-    graph.close()
-
-
-def test_captured_append_goes_to_no_stream_outside(tensor, streams, arrays):
-    a, b, _ = streams
-    x = arrays(InterfaceArray, rows(5), a)
-    with Capture(a) as graph:
-        tensor.append(x)
-        for use in (
-            lambda: tensor.__dlpack__(stream=int(b)),
-            lambda: tensor.append(x, stream=int(b)),
-        ):
-            with pytest.raises((pyvmm.VMMError, BufferError)):
-                use()
-        tensor.__dlpack__(stream=int(a))
-    graph.launch(a)
-    assert same(to_numpy(tensor), rows(5))
-    graph.close()
-
-
-def test_tensors_dropped_during_a_capture(cuda, streams, arrays):
-    """Closing, collecting and growing anew while a stream captures leave the capture whole."""
-    a = streams[0]
-    x = arrays(InterfaceArray, rows(5), a)
-    pool = pyvmm.Pool(cuda)
-
-    def make():
-        t = pyvmm.empty((0, 4), "float32", axis=0, capacity=1000, device=cuda, pool=pool)
-        t.grow(500)
-        return t
-
-    t, others = make(), [make() for _ in range(4)]
-    t.truncate(0)
-    with Capture(a) as graph:
-        pool.capture_begin()
-        others.pop().close()
-        others.pop()
-        capsule = others[0].__dlpack__(stream=-1)
-        others.clear()
-        del capsule
-        gc.collect()
-        t.append(x)
-        late = make()
-        pool.capture_end()
-    graph.launch(a)
-    assert same(to_numpy(t), rows(5))
-    graph.close()
-    late.close()
-    t.close()
-    pool.close()

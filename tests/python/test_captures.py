@@ -1,0 +1,115 @@
+"""Appends in captured streams. On a GPU or the simulated driver."""
+
+import gc
+
+import numpy as np
+import pytest
+
+import cuda_helper
+import pyvmm
+from cuda_helper import Capture, InterfaceArray
+from model import pattern, same
+from support import to_numpy
+
+
+def rows(n, seed=0):
+    return pattern((n, 4), "float32", seed)
+
+
+@pytest.fixture
+def tensor(cuda):
+    with pyvmm.empty((0, 4), "float32", axis=0, capacity=1000, device=cuda) as t:
+        t.map(1000)
+        yield t
+        cuda_helper.synchronize()
+
+
+def test_captured_append_runs_with_the_graph(tensor, streams, arrays):
+    a = streams[0]
+    x = arrays(InterfaceArray, rows(5), a)
+    tensor.append(arrays(InterfaceArray, rows(5, 7)), stream=int(a))
+    with Capture(a) as graph:
+        for _ in range(3):
+            tensor.append(x)
+    assert tensor.length == 20
+    for seed in (1, 2):
+        x.set(rows(5, seed))
+        graph.launch(a)
+        expected = np.concatenate([rows(5, 7)] + [rows(5, seed)] * 3)
+        assert same(to_numpy(tensor), expected)
+    graph.close()
+
+
+def test_growth_during_a_capture(cuda, streams, arrays):
+    """Mapping is no part of the graph; it is allowed, also in the strictest mode."""
+    a = streams[0]
+    x = arrays(InterfaceArray, rows(1000), a)
+    with pyvmm.empty((0, 4), "float32", axis=0, capacity=300_000, device=cuda) as t:
+        with Capture(a) as graph:
+            for _ in range(300):
+                t.append(x)
+        graph.launch(a)
+        assert same(to_numpy(t), np.concatenate([rows(1000)] * 300))
+        graph.close()
+
+
+def test_host_source_during_a_capture_is_refused(tensor, streams, arrays):
+    a = streams[0]
+    x = arrays(InterfaceArray, rows(5), a)
+    with Capture(a) as graph:
+        with pytest.raises(pyvmm.VMMError) as error:
+            tensor.append(rows(5), stream=int(a))
+        assert error.value.status == "VMM_ERR_CAPTURING"
+        tensor.append(x)
+    graph.launch(a)  # so the capture has survived
+    assert same(to_numpy(tensor), rows(5))
+    graph.close()
+
+
+def test_captured_append_goes_to_no_stream_outside(tensor, streams, arrays):
+    a, b, _ = streams
+    x = arrays(InterfaceArray, rows(5), a)
+    with Capture(a) as graph:
+        tensor.append(x)
+        for use in (
+            lambda: tensor.__dlpack__(stream=int(b)),
+            lambda: tensor.append(x, stream=int(b)),
+        ):
+            with pytest.raises((pyvmm.VMMError, BufferError)):
+                use()
+        tensor.__dlpack__(stream=int(a))
+    graph.launch(a)
+    assert same(to_numpy(tensor), rows(5))
+    graph.close()
+
+
+def test_tensors_dropped_during_a_capture(cuda, streams, arrays):
+    """Closing, collecting and growing anew while a stream captures leave the capture whole."""
+    a = streams[0]
+    x = arrays(InterfaceArray, rows(5), a)
+    pool = pyvmm.Pool(cuda)
+
+    def make():
+        t = pyvmm.empty((0, 4), "float32", axis=0, capacity=1000, device=cuda, pool=pool)
+        t.grow(500)
+        return t
+
+    t, others = make(), [make() for _ in range(4)]
+    t.truncate(0)
+    with Capture(a) as graph:
+        pool.capture_begin()
+        others.pop().close()
+        others.pop()
+        capsule = others[0].__dlpack__(stream=-1)
+        others.clear()
+        del capsule
+        gc.collect()
+        t.append(x)
+        late = make()
+        pool.capture_end()
+    graph.launch(a)
+    assert same(to_numpy(t), rows(5))
+    graph.close()
+    late.close()
+    t.close()
+    pool.close()
