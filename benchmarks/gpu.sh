@@ -3,10 +3,11 @@
 #     benchmarks/gpu.sh OUT
 # builds in place with the python3 on PATH, runs all tests, the device tests again with the
 # PTX that CUDA 12 drivers would load, the memory checker over the kernel's tests, and the
-# benchmarks. Logs and results are written to OUT.
+# benchmarks. Logs and results are written to OUT; what it prints is there as gpu.txt.
 set -uo pipefail
 out=$(mkdir -p "${1:?the folder for results}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
+exec > >(tee "$out/gpu.txt") 2>&1
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1 PYTHONPATH=$PWD
 status=0
 step() { # name, command...: its output goes to a log, its end to the screen
