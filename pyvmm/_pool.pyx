@@ -5,6 +5,7 @@ import os
 import threading
 
 cimport cython
+from cpython.exc cimport PyErr_SetObject, PyErr_WriteUnraisable
 from libc.stdint cimport uint64_t
 
 from pyvmm._device cimport canonical_name, open_device
@@ -74,9 +75,14 @@ cdef class _Callback:
 
 
 cdef int _run_callback(void *user, size_t needed_bytes) noexcept with gil:
-    # There is nobody to raise to, in the middle of a growth: an exception goes to
-    # sys.unraisablehook, and the result is 0.
-    return bool((<_Callback>user).function(needed_bytes))
+    function = (<_Callback>user).function
+    try:
+        return bool(function(needed_bytes))
+    except BaseException as error:
+        # There is nobody to raise to, in the middle of a growth.
+        PyErr_SetObject(type(error), error)
+        PyErr_WriteUnraisable(function)
+        return 0
 
 
 @cython.final

@@ -48,12 +48,9 @@ from pyvmm._dtypes import element_of, name_of
 
 cdef type _ndarray = numpy.ndarray
 cdef tuple _MAX_VERSION = (1, 0)
-# The kinds of typestr and of the buffer protocol's formats, as DLPack's codes.
-cdef dict _CODES_BY_KIND = {"b": 6, "i": 0, "u": 1, "f": 2, "c": 5}
-cdef dict _CODES_BY_FORMAT = {
-    "?": 6, "b": 0, "h": 0, "i": 0, "l": 0, "q": 0, "n": 0, "B": 1, "H": 1, "I": 1, "L": 1,
-    "Q": 1, "N": 1, "e": 2, "f": 2, "d": 2, "Zf": 5, "Zd": 5,
-}
+# The kinds of typestr as DLPack's codes.
+cdef dict _CODES = {"b": 6, "i": 0, "u": 1, "f": 2, "c": 5}
+cdef str _NATIVE_TYPESTR = "<|" if sys.byteorder == "little" else ">|"
 
 
 cdef int read_source(object x, const Target *target, vmm_stream stream, Source *out) except -1:
@@ -307,8 +304,8 @@ cdef int _read_interface(object x, object interface, const Target *target, Sourc
         device.device_type, device.device_id = x.__dlpack_device__()
 
     typestr = interface["typestr"]
-    code = _CODES_BY_KIND.get(typestr[1])
-    if code is None or typestr[0] not in _NATIVE_ORDER or not typestr[2:].isdecimal():
+    code = _CODES.get(typestr[1])
+    if code is None or typestr[0] not in _NATIVE_TYPESTR or not typestr[2:].isdecimal():
         raise TypeError(f"x has elements of the type {typestr!r}, which append cannot read")
     dtype.code, dtype.bits, dtype.lanes = code, 8 * int(typestr[2:]), 1
     if interface.get("mask") is not None:
@@ -346,12 +343,13 @@ cdef int _read_interface(object x, object interface, const Target *target, Sourc
 
 # ---- buffers ----------------------------------------------------------------------
 
-cdef str _NATIVE_ORDER = "<|=" if sys.byteorder == "little" else ">|="
+cdef char _NATIVE_ORDER = b"<" if sys.byteorder == "little" else b">"
 
 
 cdef int _read_buffer(object x, const Target *target, Source *out) except -1:
     cdef vmm_dtype dtype
     cdef DLDevice host = DLDevice(DL_CPU, 0)
+    cdef int code
     element = None
     try:
         PyObject_GetBuffer(x, &out.buffer, PyBUF_FORMAT | PyBUF_STRIDES)
@@ -366,17 +364,30 @@ cdef int _read_buffer(object x, const Target *target, Source *out) except -1:
     if element is not None:
         dtype.code, dtype.bits, dtype.lanes = element.code, element.bits, 1
     else:
-        dtype = _dtype_of_format(out.buffer.format, out.buffer.itemsize)
+        code = _code_of_format(out.buffer.format)
+        if code < 0:
+            raise TypeError(f"x has elements of the format {out.buffer.format.decode()!r}, which "
+                            "append cannot read")
+        dtype.code, dtype.bits, dtype.lanes = code, 8 * out.buffer.itemsize, 1
     out.array.data = out.buffer.buf
     return describe(out, target, host, dtype, out.buffer.ndim, <int64_t *>out.buffer.shape,
                     <int64_t *>out.buffer.strides, 1)
 
 
-cdef vmm_dtype _dtype_of_format(const char *text, Py_ssize_t itemsize) except *:
-    cdef vmm_dtype dtype
-    cdef str format = text.decode() if text != NULL else "B"
-    code = _CODES_BY_FORMAT.get(format.lstrip("@" + _NATIVE_ORDER))
-    if code is None:
-        raise TypeError(f"x has elements of the format {format!r}, which append cannot read")
-    dtype.code, dtype.bits, dtype.lanes = code, 8 * itemsize, 1
-    return dtype
+cdef int _code_of_format(const char *format) noexcept:
+    """DLPack's code of an element in the struct module's notation, -1 for what has none."""
+    if format == NULL:
+        return 1  # bytes
+    if format[0] == b"@" or format[0] == b"=" or format[0] == _NATIVE_ORDER:
+        format += 1
+    if format[0] == b"Z" and format[1] != 0 and format[2] == 0:
+        return 5 if format[1] in b"fd" else -1
+    if format[0] == 0 or format[1] != 0:
+        return -1
+    if format[0] in b"efd":
+        return 2
+    if format[0] in b"bhilqn":
+        return 0
+    if format[0] in b"BHILQN":
+        return 1
+    return 6 if format[0] == b"?" else -1

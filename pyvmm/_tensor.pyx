@@ -1200,7 +1200,9 @@ cdef class View:
         return (self.link.stop - self.start_) * self.made().row_bytes
 
     def __repr__(self):
-        cdef VTensor tensor = self.made()
+        cdef VTensor tensor = self.base_
+        if tensor is None:
+            return "<pyvmm.View of nothing>"
         state = ""
         if tensor.handle == NULL:
             state = ", closed"

@@ -209,7 +209,8 @@ VMM_API vmm_status vmm_pool_trim(vmm_pool *pool, int wait);
  * It runs on the thread that needs memory, with no lock of the library held; it may
  * free memory anywhere, close other tensors and trim the pool, but must not use the
  * tensor that is growing (its calls return VMM_ERR_BUSY). It returns non-zero if it
- * freed something; the pool then tries once more. A NULL callback removes the entry of that
+ * freed something; the pool then tries once more. `needed_bytes` is what the growth
+ * still lacks over all lanes, in whole blocks. A NULL callback removes the entry of that
  * `user`. Several may be registered; they run in the order of registration.
  * Returns VMM_ERR_INVALID (nothing to remove), VMM_ERR_OUT_OF_MEMORY. Thread-safe. */
 typedef int (*vmm_oom_callback)(void *user, size_t needed_bytes);
@@ -402,7 +403,8 @@ VMM_API vmm_status vmm_append_many(size_t n_tensors, vmm_tensor *const *tensors,
  * Memory stays mapped: vmm_trim() returns it.
  *   n_rows   0 .. length
  *   stream   the next append waits for what has been submitted to this stream by then (a
- *            kernel that still reads the rows given up); VMM_STREAM_NONE for nothing
+ *            kernel that still reads the rows given up), so it must be valid until then;
+ *            VMM_STREAM_NONE for nothing
  * Returns VMM_ERR_INVALID (above the length, a stream of another device), VMM_ERR_PINNED
  * when a pin covers a row beyond, VMM_ERR_OUT_OF_MEMORY, VMM_ERR_BUSY, VMM_ERR_FORKED.
  * No driver call that waits, maps or frees. */
@@ -415,7 +417,8 @@ VMM_API vmm_status vmm_truncate(vmm_tensor *tensor, size_t n_rows, vmm_stream st
 VMM_API vmm_status vmm_trim(vmm_tensor *tensor);
 
 /* vmm_fork() - a new tensor with the same spec and pool that holds the first `n_rows` rows.
- * The rows are copied, on the stream of the last append. Both grow on their own.
+ * The rows are copied, on the stream of the last append (the legacy default stream, if there
+ * was none). Both grow on their own.
  *   n_rows   0 .. length
  * Returns VMM_ERR_INVALID and what vmm_reserve() and vmm_append() return. */
 VMM_API vmm_status vmm_fork(vmm_tensor *tensor, size_t n_rows, vmm_tensor **out);
@@ -534,7 +537,7 @@ VMM_API size_t vmm_pool_block_bytes(const vmm_pool *pool);
 /* ---- 10. Threads, processes, exit ---------------------------------------------
  *
  * Devices and pools may be used from any thread. One tensor has one writer at a time:
- * the calls that change it (map, grow, append, truncate, trim, fork, close, release) must
+ * the calls on it (map, grow, append, truncate, trim, fork, handoff, close, release) must
  * not run at once; pins may be dropped at any time. Objects do not survive fork():
  * in the child every call on one returns VMM_ERR_FORKED, closing and releasing do
  * nothing, and "host" can be opened anew (the memory is kept out of the child).

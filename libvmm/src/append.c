@@ -205,11 +205,6 @@ static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
         if (!changes)
             return vmm_fail(VMM_ERR_OUT_OF_MEMORY, operation, "no host memory left");
     }
-    /* Only what is queued needs a fence, and only that must not meet a capture. */
-    bool queued = false, capturing;
-    for (size_t i = 0; i < n_tensors; i++)
-        queued |= pool_has_queue(tensors[i]->pool);
-    capturing = queued && order_may_capture(tensors[0], stream);
     vmm_status status = VMM_OK;
     size_t n_mapped = 0;
     for (size_t i = 0; i < n_tensors; i++)
@@ -219,7 +214,7 @@ static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
         size_t needed = tensor->length + rows_of(tensor, &sources[n_mapped]);
         changes[n_mapped] = (range_change){0};
         if (needed > tensor->mapped)
-            status = tensor_map(tensor, needed, capturing, &changes[n_mapped]);
+            status = tensor_map(tensor, needed, stream, &changes[n_mapped]);
     }
     if (status)
         n_mapped--; /* tensor_map() has undone its own */

@@ -86,6 +86,7 @@ struct vmm_device {
     size_t granularity_bytes;
     uint64_t process; /* the one that opened it, see process.h */
     size_t references;
+    int captures; /* brackets that are open, on any pool of the device; atomic */
     struct vmm_device *next;
     struct vmm_pool *abandoned; /* pools that were released, not yet empty; see pool.c */
     char name[32];

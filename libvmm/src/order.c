@@ -5,6 +5,7 @@
  */
 #include <stdlib.h>
 
+#include "device.h"
 #include "error.h"
 #include "process.h"
 #include "tensor.h"
@@ -33,14 +34,6 @@ vmm_status order_capture_of(vmm_tensor *tensor, vmm_stream stream, uint64_t *cap
     if (!ops_of(tensor)->is_async)
         return VMM_OK;
     return DRIVER(tensor->pool, tensor->driver_calls, stream_capture, stream, capture);
-}
-
-bool order_may_capture(vmm_tensor *tensor, vmm_stream stream) {
-    uint64_t capture;
-    vmm_undo_begin(); /* no answer is an answer here */
-    vmm_status status = order_capture_of(tensor, stream, &capture);
-    vmm_undo_end();
-    return status || capture != 0;
 }
 
 /* The wait would draw the waiting stream into the producer's capture. */
@@ -171,7 +164,7 @@ vmm_status vmm_event_record(vmm_device *device, vmm_stream stream, vmm_event **o
     vmm_event *event = calloc(1, sizeof *event);
     if (!event)
         return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "event_record", "no host memory left");
-    event->device = device;
+    event->device = vmm_device_retain(device);
     if (device->ops->is_async) {
         if (!stream)
             stream = VMM_STREAM_LEGACY;
@@ -179,6 +172,7 @@ vmm_status vmm_event_record(vmm_device *device, vmm_stream stream, vmm_event **o
         if (!status)
             status = device->ops->event_create(device->state, &event->event);
         if (status) {
+            vmm_device_close(device);
             free(event);
             return status;
         }
@@ -209,6 +203,7 @@ void vmm_event_close(vmm_event *event) {
         return;
     if (event->device->ops->is_async)
         event->device->ops->event_destroy(event->device->state, event->event);
+    vmm_device_close(event->device);
     free(event);
 }
 

@@ -13,22 +13,27 @@ vmm_status vmm_pin_rows(vmm_tensor *tensor, size_t n_rows, vmm_pin **out) {
         return vmm_fail(VMM_ERR_INVALID, "pin_rows", "tensor is NULL");
     if (tensor->process != vmm_process)
         return vmm_fail(VMM_ERR_FORKED, "pin_rows", "the tensor belongs to the parent process");
-    if (n_rows > vmm_length(tensor))
-        return vmm_fail(VMM_ERR_INVALID, "pin_rows", "%zu rows are more than the length, %zu",
-                        n_rows, vmm_length(tensor));
     vmm_pin *pin = malloc(sizeof *pin);
     if (!pin)
         return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "pin_rows", "no host memory left");
     pin->tensor = tensor;
     pin->n_rows = n_rows;
     pin->previous = NULL;
-    __atomic_fetch_add(&tensor->references, 1, __ATOMIC_RELAXED);
     pthread_mutex_lock(&tensor->pin_lock);
-    pin->next = tensor->pins;
-    if (pin->next)
-        pin->next->previous = pin;
-    tensor->pins = pin;
+    size_t length = vmm_length(tensor);
+    if (n_rows <= length) {
+        pin->next = tensor->pins;
+        if (pin->next)
+            pin->next->previous = pin;
+        tensor->pins = pin;
+        __atomic_fetch_add(&tensor->references, 1, __ATOMIC_RELAXED);
+    }
     pthread_mutex_unlock(&tensor->pin_lock);
+    if (n_rows > length) {
+        free(pin);
+        return vmm_fail(VMM_ERR_INVALID, "pin_rows", "%zu rows are more than the length, %zu",
+                        n_rows, length);
+    }
     *out = pin;
     return VMM_OK;
 }
@@ -53,17 +58,31 @@ size_t vmm_pin_count(const vmm_tensor *tensor) {
     return __atomic_load_n(&tensor->references, __ATOMIC_RELAXED) - 1;
 }
 
-size_t vmm_pinned_rows(const vmm_tensor *tensor) {
-    vmm_tensor *mutable_tensor = (vmm_tensor *)tensor; /* for its lock */
+static size_t pinned_locked(const vmm_tensor *tensor) {
     size_t most = 0;
-    if (vmm_pin_count(tensor) == 0)
-        return 0;
-    pthread_mutex_lock(&mutable_tensor->pin_lock);
     for (const vmm_pin *pin = tensor->pins; pin; pin = pin->next)
         if (pin->n_rows > most)
             most = pin->n_rows;
+    return most;
+}
+
+size_t vmm_pinned_rows(const vmm_tensor *tensor) {
+    vmm_tensor *mutable_tensor = (vmm_tensor *)tensor; /* for its lock */
+    pthread_mutex_lock(&mutable_tensor->pin_lock);
+    size_t most = pinned_locked(tensor);
     pthread_mutex_unlock(&mutable_tensor->pin_lock);
     return most;
+}
+
+bool pin_truncate(vmm_tensor *tensor, size_t n_rows, size_t *pinned) {
+    /* In one step: a pin made meanwhile would cover rows that are gone. */
+    pthread_mutex_lock(&tensor->pin_lock);
+    *pinned = n_rows < tensor->length ? pinned_locked(tensor) : 0;
+    bool allowed = *pinned <= n_rows;
+    if (allowed)
+        tensor_set_length(tensor, n_rows);
+    pthread_mutex_unlock(&tensor->pin_lock);
+    return allowed;
 }
 
 void tensor_unreference(vmm_tensor *tensor) {

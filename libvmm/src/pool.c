@@ -200,6 +200,7 @@ static void link_entry(vmm_pool *pool, pool_entry *entry) {
 
 void pool_enqueue_locked(vmm_pool *pool, pool_entry *entry) {
     entry->epoch = pool->fences_recorded;
+    __atomic_store_n(&pool->has_news, true, __ATOMIC_RELEASE);
     if (!entry->linked)
         link_entry(pool, entry);
 }
@@ -240,12 +241,12 @@ static vmm_status reclaim_covered(pool_work *work, bool parked_only) {
     return first;
 }
 
-/* Is something queued that no fence recorded so far covers? */
+/* Is something queued that no fence has released? Asked when none is pending. */
 static bool needs_fence(vmm_pool *pool) {
     bool needed = false;
     pthread_mutex_lock(&pool->lock);
     for (pool_entry *entry = pool->queue; entry && !needed; entry = entry->next)
-        needed = entry->epoch >= pool->fences_recorded && (entry->queued_bytes || entry->retired);
+        needed = entry->epoch >= pool->fences_passed && (entry->queued_bytes || entry->retired);
     pthread_mutex_unlock(&pool->lock);
     return needed;
 }
@@ -284,8 +285,18 @@ static vmm_status record_fence(pool_work *work) {
     return VMM_OK;
 }
 
-static bool is_capturing(vmm_pool *pool) {
-    return __atomic_load_n(&pool->captures, __ATOMIC_RELAXED) > 0;
+/* Would a fence now meet a capture that is known of? */
+static bool may_fence(pool_work *work) {
+    vmm_pool *pool = work->pool;
+    uint64_t capture = 0;
+    if (__atomic_load_n(&pool->device->captures, __ATOMIC_ACQUIRE) > 0)
+        return false;
+    if (work->stream == VMM_STREAM_NONE)
+        return true;
+    vmm_undo_begin(); /* no answer is an answer here */
+    vmm_status status = DRIVER(pool, work->tensor_calls, stream_capture, work->stream, &capture);
+    vmm_undo_end();
+    return !status && !capture;
 }
 
 /* Take back what can be: without `wait` what a fence has released by now, recording one if
@@ -298,10 +309,8 @@ static vmm_status reclaim(pool_work *work, bool wait) {
     if (pool->fence) {
         first = settle_fence(work, wait);
     }
-    /* A fence that failed after it was counted leaves a number that no event stands for;
-     * what it should have covered is covered by the next. */
     if (!first && !pool->fence && needs_fence(pool)) {
-        if (!work->may_fence || is_capturing(pool)) {
+        if (!may_fence(work)) {
             first = vmm_fail(VMM_ERR_CAPTURING, "fence",
                              "queued memory can only be had behind a fence, and a stream is "
                              "being captured");
@@ -315,8 +324,8 @@ static vmm_status reclaim(pool_work *work, bool wait) {
     return first ? first : status;
 }
 
-void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, bool may_fence) {
-    *work = (pool_work){pool, tensor_calls, may_fence};
+void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
+    *work = (pool_work){pool, tensor_calls, stream};
     pthread_mutex_lock(&pool->work);
     pthread_mutex_lock(&pool->lock);
     bool retry = pool->parked_bytes > 0;
@@ -336,7 +345,7 @@ void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, bo
     vmm_undo_end();
 }
 
-static void sweep_abandoned(vmm_device *device);
+static void sweep_abandoned(vmm_device *device, vmm_stream stream);
 
 void pool_work_end(pool_work *work) {
     vmm_pool *pool = work->pool;
@@ -344,15 +353,18 @@ void pool_work_end(pool_work *work) {
     pthread_mutex_unlock(&pool->work);
     pool_drain(pool);
     if (vmm_device_has_abandoned(device))
-        sweep_abandoned(device);
+        sweep_abandoned(device, work->stream);
 }
 
 void pool_drain(vmm_pool *pool) {
     if (pool->device->ops->is_async)
         return;
-    /* One round: what the driver refuses is parked and left for the next call. */
-    if (pool_has_queue(pool) && pthread_mutex_trylock(&pool->work) == 0) {
-        pool_work work = {pool, NULL, false};
+    /* Again, if another thread queued something after the list was taken and before the lock
+     * was free for it. What the driver refuses is parked and no news. */
+    while (__atomic_load_n(&pool->has_news, __ATOMIC_ACQUIRE) &&
+           pthread_mutex_trylock(&pool->work) == 0) {
+        pool_work work = {pool, NULL, VMM_STREAM_NONE};
+        __atomic_store_n(&pool->has_news, false, __ATOMIC_RELEASE);
         vmm_undo_begin();
         reclaim_covered(&work, false);
         vmm_undo_end();
@@ -395,7 +407,7 @@ vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, ui
     bool many = pool->n_queued >= QUEUE_HIGH_WATER;
     pthread_mutex_unlock(&pool->lock);
     if (many) {
-        pool_work_begin(&work, pool, tensor_calls, true);
+        pool_work_begin(&work, pool, tensor_calls, VMM_STREAM_NONE);
         vmm_undo_begin();
         reclaim(&work, false);
         vmm_undo_end();
@@ -403,7 +415,7 @@ vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, ui
     }
     vmm_status status = DRIVER(pool, tensor_calls, reserve, bytes, 0, out);
     if (status && pool_has_queue(pool)) {
-        pool_work_begin(&work, pool, tensor_calls, true);
+        pool_work_begin(&work, pool, tensor_calls, VMM_STREAM_NONE);
         vmm_undo_begin();
         reclaim(&work, true);
         vmm_undo_end();
@@ -494,7 +506,7 @@ vmm_status vmm_pool_trim(vmm_pool *pool, int wait) {
     if (status)
         return status;
     pool_work work;
-    pool_work_begin(&work, pool, NULL, true);
+    pool_work_begin(&work, pool, NULL, VMM_STREAM_NONE);
     status = reclaim(&work, wait != 0);
     vmm_status released = release_free(&work, SIZE_MAX);
     pool_work_end(&work);
@@ -534,7 +546,10 @@ vmm_status vmm_pool_capture_begin(vmm_pool *pool) {
         return status;
     /* Behind `work`: a fence that is being taken now is done before the capture begins. */
     pthread_mutex_lock(&pool->work);
-    __atomic_fetch_add(&pool->captures, 1, __ATOMIC_RELAXED);
+    pthread_mutex_lock(&pool->lock);
+    pool->captures++;
+    pthread_mutex_unlock(&pool->lock);
+    __atomic_fetch_add(&pool->device->captures, 1, __ATOMIC_RELEASE);
     pthread_mutex_unlock(&pool->work);
     return VMM_OK;
 }
@@ -547,8 +562,10 @@ vmm_status vmm_pool_capture_end(vmm_pool *pool) {
     if (pool->captures == 0)
         status = vmm_fail(VMM_ERR_INVALID, "pool_capture_end", "no capture has begun");
     else
-        __atomic_fetch_sub(&pool->captures, 1, __ATOMIC_RELAXED);
+        pool->captures--;
     pthread_mutex_unlock(&pool->lock);
+    if (!status)
+        __atomic_fetch_sub(&pool->device->captures, 1, __ATOMIC_RELEASE);
     return status;
 }
 
@@ -583,6 +600,7 @@ static void destroy(vmm_pool *pool) {
         free(event);
     }
     vmm_device *device = pool->device;
+    __atomic_fetch_sub(&device->captures, pool->captures, __ATOMIC_RELEASE);
     pthread_mutex_destroy(&pool->work);
     pthread_mutex_destroy(&pool->lock);
     free(pool->callbacks);
@@ -604,7 +622,7 @@ vmm_status vmm_pool_close(vmm_pool *pool) {
     if (status)
         return status;
     pool_work work;
-    pool_work_begin(&work, pool, NULL, true);
+    pool_work_begin(&work, pool, NULL, VMM_STREAM_NONE);
     pthread_mutex_lock(&pool->lock);
     size_t live = pool->live_ranges;
     pthread_mutex_unlock(&pool->lock);
@@ -620,6 +638,8 @@ vmm_status vmm_pool_close(vmm_pool *pool) {
     if (!status)
         status = release_free(&work, SIZE_MAX);
     pthread_mutex_unlock(&pool->work);
+    if (live)
+        pool_drain(pool);
     if (!status && !is_empty(pool))
         status = vmm_fail(VMM_ERR_DRIVER, "pool_close",
                           "the driver would not take all memory back: try again");
@@ -639,12 +659,12 @@ void vmm_pool_release(vmm_pool *pool) {
 
 /* Return what abandoned pools hold, as far as it can be had without waiting; destroy those
  * that are empty, put the others back. */
-static void sweep_abandoned(vmm_device *device) {
+static void sweep_abandoned(vmm_device *device, vmm_stream stream) {
     vmm_pool *pool = vmm_device_take_abandoned(device);
     vmm_undo_begin();
     while (pool) {
         vmm_pool *next = pool->next_abandoned;
-        pool_work work = {pool, NULL, true};
+        pool_work work = {pool, NULL, stream};
         pthread_mutex_lock(&pool->work);
         reclaim(&work, false);
         release_free(&work, SIZE_MAX);

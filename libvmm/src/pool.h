@@ -67,6 +67,7 @@ struct vmm_pool {
     pthread_mutex_t lock;
     pool_entry *queue; /* entries with something to reclaim */
     size_t n_queued;
+    bool has_news; /* something was queued since the last look; host pools. Atomic */
     size_t in_use_bytes, free_bytes, queued_bytes, parked_bytes, peak_bytes;
     uint64_t fences_recorded;
     size_t live_ranges;
@@ -84,7 +85,7 @@ struct vmm_pool {
 typedef struct pool_work {
     vmm_pool *pool;
     uint64_t *tensor_calls;
-    bool may_fence; /* no capture is known to be under way */
+    vmm_stream stream; /* takes part, and may be captured: then no fence. VMM_STREAM_NONE */
 } pool_work;
 
 static inline void pool_count(vmm_pool *pool, uint64_t *tensor_calls, vmm_call call) {
@@ -98,9 +99,9 @@ static inline void pool_count(vmm_pool *pool, uint64_t *tensor_calls, vmm_call c
     (pool_count((pool), (tensor_calls), VMM_CALL_##verb),                                          \
      (pool)->device->ops->verb((pool)->device->state, __VA_ARGS__))
 
-/* `may_fence` false when a stream that takes part is known to be capturing. What was parked
- * is retried at the beginning; what may be returned at once (host) is at the end. */
-void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, bool may_fence);
+/* What was parked is retried at the beginning; what may be returned at once (host) is at
+ * the end. */
+void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream);
 void pool_work_end(pool_work *work);
 
 /* Take a block of `bytes` for mapping, counted as in use. When there is none: blocks that

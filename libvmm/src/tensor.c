@@ -183,14 +183,14 @@ void tensor_set_length(vmm_tensor *tensor, size_t n_rows) {
     __atomic_store_n(&tensor->length, n_rows, __ATOMIC_RELEASE);
 }
 
-vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, bool capturing, range_change *change) {
+vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, vmm_stream stream, range_change *change) {
     vmm_pool *pool = tensor->pool;
     size_t lane_bytes = n_rows * tensor->lane_row_bytes;
     vmm_status status;
     for (bool again = true;; again = false) {
         pool_work work;
         *change = (range_change){.work = &work};
-        pool_work_begin(&work, pool, tensor->driver_calls, !capturing);
+        pool_work_begin(&work, pool, tensor->driver_calls, stream);
         status = range_extend(change, tensor->range, lane_bytes, true);
         if (status)
             range_undo(change, false);
@@ -205,7 +205,7 @@ vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, bool capturing, range_c
         if (!freed)
             break;
     }
-    if (status == VMM_ERR_OUT_OF_MEMORY && tensor->n_lanes > 1) {
+    if (status == VMM_ERR_OUT_OF_MEMORY && tensor->n_lanes > 1 && tensor->length == 0) {
         vmm_size_text least;
         vmm_fail_note("; with %zu lanes of at least one block each this tensor needs %s for its "
                       "first row: layout 'seq' has one lane",
@@ -219,7 +219,7 @@ void tensor_unmap(vmm_tensor *tensor, range_change *change, bool touched) {
     if (change->n_marks == 0)
         return;
     vmm_undo_begin();
-    pool_work_begin(&work, tensor->pool, tensor->driver_calls, false);
+    pool_work_begin(&work, tensor->pool, tensor->driver_calls, VMM_STREAM_NONE);
     change->work = &work;
     range_undo(change, touched);
     set_mapped(tensor);
@@ -238,7 +238,7 @@ vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows) {
         return VMM_OK;
     range_change change;
     tensor->busy = true;
-    status = tensor_map(tensor, n_rows, false, &change);
+    status = tensor_map(tensor, n_rows, VMM_STREAM_NONE, &change);
     if (!status)
         range_commit(&change);
     tensor->busy = false;
@@ -267,7 +267,7 @@ static vmm_status grow_slowly(vmm_tensor *tensor, size_t n_rows) {
     vmm_status status = VMM_OK;
     tensor->busy = true;
     if (n_rows > tensor->mapped - tensor->length)
-        status = tensor_map(tensor, tensor->length + n_rows, false, &change);
+        status = tensor_map(tensor, tensor->length + n_rows, VMM_STREAM_NONE, &change);
     if (!status && tensor->spec.zero) {
         bool submitted = false;
         status = fill_zero(tensor, n_rows, &submitted);
@@ -307,18 +307,17 @@ vmm_status vmm_truncate(vmm_tensor *tensor, size_t n_rows, vmm_stream stream) {
                         "%zu rows are more than the length, %zu: grow() adds rows", n_rows,
                         tensor->length);
     size_t pinned = n_rows < tensor->length ? vmm_pinned_rows(tensor) : 0;
-    if (pinned > n_rows)
-        return vmm_fail(VMM_ERR_PINNED, "truncate",
-                        "an export covers rows up to %zu: drop it before truncating to %zu", pinned,
-                        n_rows);
-    if (stream != VMM_STREAM_NONE) {
+    if (pinned <= n_rows && stream != VMM_STREAM_NONE) {
         status = order_check_stream(tensor, &stream, "truncate");
         if (!status)
             status = order_add_wait(tensor, stream);
         if (status)
             return status;
     }
-    tensor_set_length(tensor, n_rows);
+    if (!pin_truncate(tensor, n_rows, &pinned))
+        return vmm_fail(VMM_ERR_PINNED, "truncate",
+                        "an export covers rows up to %zu: drop it before truncating to %zu", pinned,
+                        n_rows);
     return VMM_OK;
 }
 
@@ -327,7 +326,7 @@ vmm_status vmm_trim(vmm_tensor *tensor) {
     if (status)
         return status;
     pool_work work;
-    pool_work_begin(&work, tensor->pool, tensor->driver_calls, true);
+    pool_work_begin(&work, tensor->pool, tensor->driver_calls, VMM_STREAM_NONE);
     range_trim(tensor->range, tensor->length * tensor->lane_row_bytes);
     set_mapped(tensor);
     pool_work_end(&work);
@@ -363,13 +362,15 @@ vmm_status vmm_fork(vmm_tensor *tensor, size_t n_rows, vmm_tensor **out) {
     vmm_stream stream = tensor->written ? tensor->last_stream : VMM_STREAM_LEGACY;
     vmm_tensor *const target[] = {copy};
     tensor->busy = true;
-    status = n_rows ? append_checked(1, target, &rows, stream) : VMM_OK;
+    /* The source's next write comes after this reading. Said first, since it can fail. */
+    status = n_rows ? order_add_wait(tensor, stream) : VMM_OK;
+    if (!status && n_rows)
+        status = append_checked(1, target, &rows, stream);
     tensor->busy = false;
     if (status) {
         tensor_unreference(copy);
         return status;
     }
-    tensor->event_current = false; /* the next write comes after this reading, too */
     *out = copy;
     return VMM_OK;
 }

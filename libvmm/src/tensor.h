@@ -58,8 +58,8 @@ vmm_status tensor_check(const vmm_tensor *tensor, const char *operation);
 
 /* Rows [0, n_rows) become mapped, in a change that is kept or undone by the caller. The
  * whole sequence of the pool's ways out of a shortage is in here, callbacks too: the caller
- * has marked the tensor busy. `capturing`: a stream that takes part is being captured. */
-vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, bool capturing, range_change *change);
+ * has marked the tensor busy. `stream` takes part, VMM_STREAM_NONE for none. */
+vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, vmm_stream stream, range_change *change);
 /* Undo that change; `touched` as in range_undo(). */
 void tensor_unmap(vmm_tensor *tensor, range_change *change, bool touched);
 
@@ -79,11 +79,11 @@ vmm_status order_before_write(vmm_tensor *tensor, vmm_stream stream);
 void order_after_write(vmm_tensor *tensor, vmm_stream stream);
 /* The next write waits for `stream`. */
 vmm_status order_add_wait(vmm_tensor *tensor, vmm_stream stream);
-/* The capture that `stream` is part of, 0 for none; and whether a fence must be avoided. */
+/* The capture that `stream` is part of, 0 for none. */
 vmm_status order_capture_of(vmm_tensor *tensor, vmm_stream stream, uint64_t *capture);
-bool order_may_capture(vmm_tensor *tensor, vmm_stream stream);
 
-/* pin.c */
+/* pin.c: shorten the tensor, unless a pin covers a row beyond; `pinned` says how far. */
+bool pin_truncate(vmm_tensor *tensor, size_t n_rows, size_t *pinned);
 void tensor_unreference(vmm_tensor *tensor);
 /* Free it, when the last reference has gone (tensor.c). */
 void tensor_destroy(vmm_tensor *tensor);
