@@ -113,3 +113,75 @@ def test_tensors_dropped_during_a_capture(cuda, streams, arrays):
     late.close()
     t.close()
     pool.close()
+
+
+# ---- fences that fail, or must not be taken ------------------------------------------
+
+
+def block_of(cuda, pool, n_blocks=1):
+    n_bytes = n_blocks * pyvmm.device_info(cuda)["granularity_bytes"]
+    t = pyvmm.empty((0, n_bytes // n_blocks), "uint8", axis=0, capacity=64, pool=pool)
+    t.map(n_blocks)
+    return t
+
+
+def test_failed_fence_is_tried_again(cuda, simulator):
+    pool = pyvmm.Pool(cuda)
+    block_of(cuda, pool).close()
+    simulator.vmm_sim_fail(b"cuCtxRecordEvent", 1, 900, 1)
+    with pytest.raises(pyvmm.VMMError):
+        pool.trim(wait=True)
+    assert pool.stats()["queued_bytes"] > 0
+    pool.trim(wait=True)
+    assert pool.stats()["queued_bytes"] == 0
+    pool.close()
+
+
+def test_abandoned_pool_takes_no_fence_in_a_capture(cuda, streams, arrays):
+    """What a pool left behind is taken back by others, but not while one is capturing."""
+    a = streams[0]
+    left = pyvmm.Pool(cuda)
+    block_of(cuda, left).close()
+    del left
+    gc.collect()
+    with pyvmm.Pool(cuda) as pool:
+        x = arrays(InterfaceArray, rows(5), a)
+        t = pyvmm.empty((0, 4), "float32", axis=0, capacity=100, pool=pool)
+        with pool.capturing(), Capture(a) as graph:
+            t.append(x)  # maps, and so looks for what was left behind
+        graph.launch(a)
+        assert same(to_numpy(t), rows(5))
+        graph.close()
+        t.close()
+
+
+def test_callback_that_closes_tensors_in_a_capture(cuda, streams, arrays):
+    """What it frees can only be had behind a fence: there is no memory, and the capture
+    goes on."""
+    a = streams[0]
+    granularity = pyvmm.device_info(cuda)["granularity_bytes"]
+    with pyvmm.Pool(cuda, max_bytes=2 * granularity) as pool:
+        victim = block_of(cuda, pool, 2)
+        t = pyvmm.empty((0, 4), "float32", axis=0, capacity=100, pool=pool)
+        x = arrays(InterfaceArray, rows(5), a)
+        pool.on_oom(lambda n_bytes: victim.close() or True)
+        with Capture(a) as graph:
+            with pytest.raises(pyvmm.OutOfMemoryError):
+                t.append(x)
+        graph.close()
+        t.append(x)
+        assert same(to_numpy(t), rows(5))
+        t.close()
+
+
+def test_fork_of_grown_rows_is_read_before_they_are_overwritten(cuda, streams, arrays):
+    x = arrays(InterfaceArray, rows(50, 1))
+    with pyvmm.empty((0, 4), "float32", axis=0, capacity=100, device=cuda) as t:
+        t.grow(50)  # never appended to: the copy runs on the legacy stream
+        before = to_numpy(t).copy()
+        u = t.fork()
+        t.truncate(0)
+        t.append(x, stream=int(streams[0]))
+        assert same(to_numpy(u), before)
+        assert same(to_numpy(t), rows(50, 1))
+        u.close()
