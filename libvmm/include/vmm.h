@@ -84,8 +84,9 @@ VMM_API int vmm_version(void);
 /* ---- 3. Errors --------------------------------------------------------------
  *
  * Every call that can fail returns a vmm_status, VMM_OK being 0. A call that fails
- * has changed nothing: lengths, mapping, contents and the pool's books are as
- * before, nothing has leaked, and the same call may be made again. Errors in the
+ * has changed nothing: lengths, mapping and contents are as before, nothing has
+ * leaked, and the same call may be made again. (Blocks that a pool kept free may have
+ * gone back to the driver: that was tried before giving up.) Errors in the
  * arguments are found before the driver is called. Nothing in this library ends
  * the process.
  */
