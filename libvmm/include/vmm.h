@@ -316,6 +316,16 @@ VMM_API vmm_status vmm_close(vmm_tensor *tensor);
  * tensor must not be used again. NULL is ignored. */
 VMM_API void vmm_release(vmm_tensor *tensor);
 
+/* vmm_find() - the tensor whose first row is at `base`, NULL in `out` where none lives.
+ * For a caller that was handed memory and asks whose it is. A tensor lives until it is
+ * closed, or released and without pins; the table that is asked keeps none alive. The
+ * tensor in `out` is one reference more: give it back by vmm_release(). Until then
+ * vmm_close() counts it as a pin. While anything holds an address that a tensor pinned,
+ * no other tensor can have that address.
+ * Returns VMM_ERR_FORKED (the parent process's), VMM_ERR_INVALID. No driver call, and no lock
+ * that is held across one. Thread-safe. */
+VMM_API vmm_status vmm_find(const void *base, vmm_tensor **out);
+
 /* What a tensor is. The answers of the first group never change; no call fails or reaches
  * the driver. `strides` are in bytes, one for each dimension. */
 VMM_API void *vmm_base(const vmm_tensor *tensor);
@@ -329,6 +339,16 @@ VMM_API size_t vmm_lane_count(const vmm_tensor *tensor);
 VMM_API size_t vmm_lane_bytes(const vmm_tensor *tensor); /* address space of one lane */
 VMM_API size_t vmm_length(const vmm_tensor *tensor);
 VMM_API size_t vmm_mapped(const vmm_tensor *tensor);
+
+/* What it was made of: the device and the pool, as long as the tensor lives, and the spec,
+ * completed, for vmm_reserve() to make another like it. */
+VMM_API vmm_device *vmm_device_of(const vmm_tensor *tensor);
+VMM_API vmm_pool *vmm_pool_of(const vmm_tensor *tensor);
+VMM_API const vmm_spec *vmm_spec_of(const vmm_tensor *tensor);
+
+/* Two words that the library keeps with a tensor, NULL at first, and never looks at: for a
+ * binding that reaches one tensor through several objects of its own. */
+VMM_API void **vmm_user(vmm_tensor *tensor);
 
 /* ---- 6. Growing, appending, shrinking ---------------------------------------
  *
@@ -438,6 +458,9 @@ VMM_API vmm_status vmm_fork(vmm_tensor *tensor, size_t n_rows, vmm_tensor **out)
  * VMM_ERR_DRIVER, VMM_ERR_FORKED. */
 VMM_API vmm_status vmm_handoff(vmm_tensor *tensor, vmm_stream stream);
 
+/* The stream of the last write, NULL where there was none or on the host. */
+VMM_API vmm_stream vmm_last_stream(const vmm_tensor *tensor);
+
 /* vmm_stream_wait() - make `waiter` wait for what has been submitted to `producer`.
  * Does nothing on the host, and where the two are the same stream. */
 VMM_API vmm_status vmm_stream_wait(vmm_device *device, vmm_stream waiter, vmm_stream producer);
@@ -467,6 +490,11 @@ VMM_API vmm_status vmm_pin_rows(vmm_tensor *tensor, size_t n_rows, vmm_pin **out
  * across one, so it may run on any thread, inside a host callback of a stream, and after
  * the owner of the tensor is gone. NULL is ignored. */
 VMM_API void vmm_unpin(vmm_pin *pin);
+
+/* vmm_pin_shown() - from now on, and until there is no pin left, any pin covers all rows that
+ * are in use now: for arrays that are cut out of the memory behind one that was pinned before
+ * they were appended. Never fails. */
+VMM_API void vmm_pin_shown(vmm_tensor *tensor);
 
 /* The number of pins that exist, and the first row that may be truncated away. */
 VMM_API size_t vmm_pin_count(const vmm_tensor *tensor);
@@ -539,7 +567,7 @@ VMM_API size_t vmm_pool_block_bytes(const vmm_pool *pool);
  *
  * Devices and pools may be used from any thread. One tensor has one writer at a time:
  * the calls on it (map, grow, append, truncate, trim, fork, handoff, close, release) must
- * not run at once; pins may be dropped at any time. Objects do not survive fork():
+ * not run at once; pins may be dropped at any time, and a reference that vmm_find() gave. Objects do not survive fork():
  * in the child every call on one returns VMM_ERR_FORKED, closing and releasing do
  * nothing, and "host" can be opened anew (the memory is kept out of the child).
  * Nothing need be closed at exit.

@@ -66,6 +66,10 @@ static vmm_status wait_for(vmm_tensor *tensor, vmm_stream stream, vmm_stream pro
                   capture && !producer_capture);
 }
 
+vmm_stream vmm_last_stream(const vmm_tensor *tensor) {
+    return tensor->written ? tensor->last_stream : NULL;
+}
+
 static vmm_status wait_for_last_write(vmm_tensor *tensor, vmm_stream stream) {
     if (!tensor->written || tensor->last_stream == stream)
         return VMM_OK;

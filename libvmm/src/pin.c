@@ -22,6 +22,8 @@ vmm_status vmm_pin_rows(vmm_tensor *tensor, size_t n_rows, vmm_pin **out) {
     pthread_mutex_lock(&tensor->pin_lock);
     size_t length = vmm_length(tensor);
     if (n_rows <= length) {
+        if (!tensor->pins)
+            tensor->shown_rows = 0;
         pin->next = tensor->pins;
         if (pin->next)
             pin->next->previous = pin;
@@ -59,7 +61,7 @@ size_t vmm_pin_count(const vmm_tensor *tensor) {
 }
 
 static size_t pinned_locked(const vmm_tensor *tensor) {
-    size_t most = 0;
+    size_t most = tensor->pins ? tensor->shown_rows : 0;
     for (const vmm_pin *pin = tensor->pins; pin; pin = pin->next)
         if (pin->n_rows > most)
             most = pin->n_rows;
@@ -83,6 +85,20 @@ bool pin_truncate(vmm_tensor *tensor, size_t n_rows, size_t *pinned) {
         tensor_set_length(tensor, n_rows);
     pthread_mutex_unlock(&tensor->pin_lock);
     return allowed;
+}
+
+void vmm_pin_shown(vmm_tensor *tensor) {
+    pthread_mutex_lock(&tensor->pin_lock);
+    tensor->shown_rows = tensor->length;
+    pthread_mutex_unlock(&tensor->pin_lock);
+}
+
+bool tensor_reference_live(vmm_tensor *tensor) {
+    size_t count = __atomic_load_n(&tensor->references, __ATOMIC_RELAXED);
+    while (count && !__atomic_compare_exchange_n(&tensor->references, &count, count + 1, true,
+                                                 __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+    return count != 0;
 }
 
 void tensor_unreference(vmm_tensor *tensor) {

@@ -135,6 +135,7 @@ vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out) {
         goto free_tensor;
     lay_out(tensor);
     pthread_mutex_init(&tensor->pin_lock, NULL);
+    find_add(tensor);
     *out = tensor;
     return VMM_OK;
 
@@ -144,6 +145,7 @@ free_tensor:
 }
 
 void tensor_destroy(vmm_tensor *tensor) {
+    find_remove(tensor); /* before its addresses can be another's */
     pool_put_event(tensor->pool, tensor->event);
     range_retire(tensor->range);
     pthread_mutex_destroy(&tensor->pin_lock);
@@ -391,6 +393,22 @@ int vmm_ndim(const vmm_tensor *tensor) {
 
 int vmm_axis(const vmm_tensor *tensor) {
     return tensor->spec.axis;
+}
+
+void **vmm_user(vmm_tensor *tensor) {
+    return tensor->user;
+}
+
+vmm_pool *vmm_pool_of(const vmm_tensor *tensor) {
+    return tensor->pool;
+}
+
+vmm_device *vmm_device_of(const vmm_tensor *tensor) {
+    return tensor->pool->device;
+}
+
+const vmm_spec *vmm_spec_of(const vmm_tensor *tensor) {
+    return &tensor->spec;
 }
 
 const int64_t *vmm_strides(const vmm_tensor *tensor) {

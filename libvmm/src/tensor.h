@@ -4,6 +4,7 @@
  * append.c   copying rows in
  * order.c    which stream waits for which
  * pin.c      who still looks at it
+ * find.c     which one it is, by its address
  */
 #ifndef VMM_TENSOR_H
 #define VMM_TENSOR_H
@@ -46,9 +47,13 @@ struct vmm_tensor {
     size_t n_waits;
 
     /* pin.c */
-    size_t references; /* the owner and the pins; atomic */
+    size_t references; /* the owner, the pins, and what vmm_find() gave out; atomic */
     pthread_mutex_t pin_lock;
     vmm_pin *pins;
+    size_t shown_rows; /* that any of the pins may show, beside those it names */
+
+    vmm_tensor *next_found; /* find.c */
+    void *user[2];          /* vmm_user() */
 
     uint64_t driver_calls[VMM_CALL_COUNT]; /* atomic */
 };
@@ -85,7 +90,13 @@ vmm_status order_capture_of(vmm_tensor *tensor, vmm_stream stream, uint64_t *cap
 /* pin.c: shorten the tensor, unless a pin covers a row beyond; `pinned` says how far. */
 bool pin_truncate(vmm_tensor *tensor, size_t n_rows, size_t *pinned);
 void tensor_unreference(vmm_tensor *tensor);
+/* Count one reference more, unless the last has gone. */
+bool tensor_reference_live(vmm_tensor *tensor);
 /* Free it, when the last reference has gone (tensor.c). */
 void tensor_destroy(vmm_tensor *tensor);
+
+/* find.c */
+void find_add(vmm_tensor *tensor);
+void find_remove(vmm_tensor *tensor);
 
 #endif /* VMM_TENSOR_H */
