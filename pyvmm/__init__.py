@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 
 from pyvmm._append import append_many
+from pyvmm._concat import concat, concat_stats
 from pyvmm._device import device_info, devices, library_version
 from pyvmm._error import CapacityError, OutOfMemoryError, VMMError
 from pyvmm._pool import Pool, default_pool
@@ -30,6 +31,8 @@ __all__ = [
     "VTensor",
     "View",
     "append_many",
+    "concat",
+    "concat_stats",
     "default_pool",
     "device_info",
     "devices",

@@ -9,14 +9,17 @@ from pyvmm._core cimport TensorCore
 from pyvmm._dlpack cimport Region
 from pyvmm._error cimport check
 from pyvmm._libvmm cimport (
+    VMM_OK,
     VMM_STREAM_LEGACY,
     vmm_append,
     vmm_append_many,
     vmm_array,
     vmm_device,
+    vmm_last_stream,
     vmm_length,
     vmm_mapped,
     vmm_pin,
+    vmm_pin_shown,
     vmm_status,
     vmm_stream,
     vmm_stream_wait,
@@ -42,12 +45,20 @@ cdef struct _Append:
 
 cdef int append_one(TensorCore tensor, object x, object stream) except -1:
     """VTensor.append()."""
+    return _append_any(tensor, x, stream, -1)
+
+
+cdef int append_at(TensorCore tensor, object x, Py_ssize_t n_rows) except -1:
+    return _append_any(tensor, x, None, n_rows)
+
+
+cdef int _append_any(TensorCore tensor, object x, object stream, Py_ssize_t n_rows) except -1:
     cdef _Append append
     cdef vmm_array array
     cdef vmm_tensor *handle
     append.tensor = <PyObject *>tensor
     append.x = <PyObject *>x
-    return _append_all(1, &append, &array, &handle, stream)
+    return _append_all(1, &append, &array, &handle, stream, n_rows)
 
 
 def append_many(tensors, sources, stream=None):
@@ -86,7 +97,7 @@ def append_many(tensors, sources, stream=None):
         for i in range(n):
             appends[i].tensor = <PyObject *>tensors[i]
             appends[i].x = <PyObject *>sources[i]
-        _append_all(n, appends, arrays, handles, stream)
+        _append_all(n, appends, arrays, handles, stream, -1)
     finally:
         PyMem_Free(appends)
         PyMem_Free(arrays)
@@ -94,8 +105,9 @@ def append_many(tensors, sources, stream=None):
 
 
 cdef int _append_all(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tensor **handles,
-                     object stream) except -1:
-    """Append to n tensors of one device. `arrays` and `handles` are room for n of each."""
+                     object stream, Py_ssize_t n_rows) except -1:
+    """Append to n tensors of one device. `arrays` and `handles` are room for n of each. With
+    `n_rows` of 0 or more see append_at()."""
     cdef TensorCore first = <TensorCore>appends[0].tensor
     cdef vmm_stream chosen = NULL
     cdef Py_ssize_t i, n_read = 0
@@ -121,7 +133,8 @@ cdef int _append_all(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tens
                 foreign = True
         if foreign:
             _wait_for_producers(n, appends, chosen)
-        _copy(n, appends, arrays, handles, chosen)
+        if _copy(n, appends, arrays, handles, chosen, n_rows):
+            return 1
         if not first.on_host:
             _after_copy(n, appends, chosen)
     finally:
@@ -157,9 +170,9 @@ cdef int _read_rows(TensorCore target, TensorCore tensor, Py_ssize_t start, Py_s
     describe(source, &target.target, region.device, region.dtype, region.ndim, region.shape,
              region.strides, 1)
     if not tensor.on_host:
-        source.producer = VMM_STREAM_LEGACY
-        if tensor.last_stream != NULL:
-            source.producer = tensor.last_stream
+        source.producer = vmm_last_stream(tensor.handle)
+        if source.producer == NULL:
+            source.producer = VMM_STREAM_LEGACY
     out.pin = tensor.pin(stop)
     return 0
 
@@ -203,7 +216,7 @@ cdef int _wait_for_producers(Py_ssize_t n, _Append *appends, vmm_stream stream) 
 
 
 cdef int _copy(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tensor **handles,
-               vmm_stream stream) except -1:
+               vmm_stream stream, Py_ssize_t n_rows) except -1:
     cdef unsigned long me = PyThread_get_thread_ident()
     cdef TensorCore tensor
     cdef vmm_status status
@@ -211,9 +224,11 @@ cdef int _copy(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tensor **h
     while i < n:
         # All at once, or two threads could wait for each other's tensors.
         i = i + 1 if (<TensorCore>appends[i].tensor).available("append") else 0
+    if n_rows >= 0 and <Py_ssize_t>vmm_length((<TensorCore>appends[0].tensor).handle) != n_rows:
+        return 1
     for i in range(n):
         tensor = <TensorCore>appends[i].tensor
-        tensor.owner = me
+        tensor.take(me)
         handles[i] = tensor.handle
         n_bytes += _bytes_if_short(tensor, &appends[i].source)
     if n_bytes <= SHORT_COPY_BYTES:
@@ -225,6 +240,8 @@ cdef int _copy(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tensor **h
                 status = vmm_append(handles[0], arrays, stream)
             else:
                 status = vmm_append_many(n, handles, arrays, stream)
+    if n_rows >= 0 and status == VMM_OK:
+        vmm_pin_shown(handles[0])
     for i in range(n):
         (<TensorCore>appends[i].tensor).leave()
     check(status)
@@ -253,7 +270,6 @@ cdef int _after_copy(Py_ssize_t n, _Append *appends, vmm_stream stream) except -
         source = &appends[i].source
         if source.shape[(<TensorCore>appends[i].tensor).target.axis] == 0:
             continue
-        (<TensorCore>appends[i].tensor).last_stream = stream
         # The producer takes memory that is dropped for work after ours on its own stream.
         # On another it must not be dropped before the copy has been made.
         if source.outlives or (_is_foreign(source, stream) and appends[i].pin == NULL):

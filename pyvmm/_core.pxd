@@ -30,22 +30,25 @@ cdef class TensorCore:
     cdef bint on_host
     cdef bint zero
     cdef bytes format  # of the buffer protocol, None for none
-    cdef vmm_stream last_stream  # of the last append, NULL before it
     cdef vmm_pin *interface_pin  # see __cuda_array_interface__
     cdef Py_ssize_t interface_rows
     cdef Link *views
 
-    # Calls that let other threads run shut them out: the thread inside, 0 for none.
+    # Calls that let other threads run shut them out: the thread inside, 0 for none, by this
+    # object and by any object of the same tensor.
     cdef unsigned long owner
+    cdef unsigned long *owner_of_all
     cdef int process
     cdef bint given_up  # to be released when the owner has left
     cdef object __weakref__
 
     cdef void adopt(self, vmm_tensor *handle, Pool pool, object dtype, str layout,
                     object block_size, bint zero)
+    cdef void hold(self, vmm_tensor *handle, Pool pool) noexcept
     cdef int live(self, str operation) except -1
     cdef bint available(self, str operation) except -1
     cdef vmm_tensor *enter(self, str operation) except NULL
+    cdef void take(self, unsigned long thread) noexcept
     cdef void leave(self) noexcept
     cdef tuple shape_of(self, Py_ssize_t n_rows)
     cdef int region_of(self, Py_ssize_t start, Py_ssize_t stop, Region *out) except -1

@@ -17,7 +17,6 @@ from pyvmm._libvmm cimport (
     vmm_axis,
     vmm_base,
     vmm_capacity,
-    vmm_dtype,
     vmm_handoff,
     vmm_ndim,
     vmm_pin,
@@ -25,11 +24,13 @@ from pyvmm._libvmm cimport (
     vmm_release,
     vmm_row_bytes,
     vmm_row_shape,
+    vmm_spec_of,
     vmm_status,
     vmm_stream,
     vmm_strides,
     vmm_tensor,
     vmm_unpin,
+    vmm_user,
 )
 from pyvmm._pool cimport Pool
 
@@ -44,25 +45,31 @@ cdef class TensorCore:
         """Become the owner of a new tensor of the library's."""
         element = element_of(dtype)
         format = format_of(element)
-        self.pool_ = pool
+        self.hold(handle, pool)
         self.dtype_ = dtype
         self.layout_ = layout
         self.block_size_ = block_size
+        self.strides_ = tuple([self.byte_strides[i] for i in range(self.target.ndim)])
+        self.zero = zero
+        self.format = None if format is None else format.encode()
+
+    cdef void hold(self, vmm_tensor *handle, Pool pool) noexcept:
+        """Take over a reference to a tensor, with what appending to it and exporting it by
+        DLPack need. The pool names the device."""
+        self.pool_ = pool
         self.target.device = pool.location
-        self.target.dtype = vmm_dtype(element.code, element.bits, 1)
+        self.target.dtype = vmm_spec_of(handle).dtype
         self.target.ndim = vmm_ndim(handle)
         self.target.axis = vmm_axis(handle)
         self.target.row_shape = vmm_row_shape(handle)
         self.byte_strides = vmm_strides(handle)
-        self.strides_ = tuple([self.byte_strides[i] for i in range(self.target.ndim)])
         self.base = <char *>vmm_base(handle)
         self.capacity_ = vmm_capacity(handle)
-        self.itemsize = element.bits // 8
+        self.itemsize = self.target.dtype.bits // 8
         self.row_bytes = vmm_row_bytes(handle)
         self.on_host = pool.location.device_type == DL_CPU
-        self.zero = zero
-        self.format = None if format is None else format.encode()
         self.process = getpid()
+        self.owner_of_all = <unsigned long *>vmm_user(handle)
         self.handle = handle
 
     def __dealloc__(self):
@@ -87,9 +94,9 @@ cdef class TensorCore:
         """True when no thread is inside a call on this tensor. False after a little wait: ask
         again."""
         self.live(operation)
-        if self.owner == 0:
+        if self.owner_of_all[0] == 0:
             return True
-        if self.owner == PyThread_get_thread_ident():
+        if self.owner_of_all[0] == PyThread_get_thread_ident():
             raise_status(VMM_ERR_BUSY, operation, f"{operation}: the tensor is growing; an "
                          "out-of-memory callback must leave it alone")
         if self.process != getpid():
@@ -104,12 +111,17 @@ cdef class TensorCore:
         """Shut other threads out, wait for one that is inside; then leave()."""
         while not self.available(operation):
             pass
-        self.owner = PyThread_get_thread_ident()
+        self.take(PyThread_get_thread_ident())
         return self.handle
+
+    cdef void take(self, unsigned long thread) noexcept:
+        self.owner = self.owner_of_all[0] = thread
 
     cdef void leave(self) noexcept:
         cdef vmm_tensor *handle
         self.owner = 0
+        if self.handle != NULL:  # else the tensor has gone
+            self.owner_of_all[0] = 0
         if self.given_up:
             self.given_up = False
             handle = self.handle

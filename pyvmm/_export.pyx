@@ -11,6 +11,7 @@ from pyvmm._dlpack cimport Region, make_capsule
 from pyvmm._libvmm cimport (
     VMM_STREAM_LEGACY,
     VMM_STREAM_NONE,
+    vmm_last_stream,
     vmm_pin,
     vmm_stream,
     vmm_unpin,
@@ -115,9 +116,9 @@ cdef object to_numpy(TensorCore tensor, Py_ssize_t start, Py_ssize_t stop, Py_ss
 cdef dict interface_of(TensorCore tensor, Py_ssize_t start, Py_ssize_t stop):
     """What __cuda_array_interface__ returns."""
     cdef Region region
-    cdef vmm_stream stream = VMM_STREAM_LEGACY
-    if tensor.last_stream != NULL:
-        stream = tensor.last_stream
+    cdef vmm_stream stream = vmm_last_stream(tensor.handle)
+    if stream == NULL:
+        stream = VMM_STREAM_LEGACY
     tensor.region_of(start, stop, &region)
     shape = tuple([region.shape[i] for i in range(region.ndim)])
     return {

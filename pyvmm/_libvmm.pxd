@@ -109,6 +109,7 @@ cdef extern from "vmm.h" nogil:
     vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out)
     vmm_status vmm_close(vmm_tensor *tensor)
     void vmm_release(vmm_tensor *tensor)
+    vmm_status vmm_find(const void *base, vmm_tensor **out)
     void *vmm_base(const vmm_tensor *tensor)
     size_t vmm_capacity(const vmm_tensor *tensor)
     int vmm_ndim(const vmm_tensor *tensor)
@@ -116,8 +117,14 @@ cdef extern from "vmm.h" nogil:
     const int64_t *vmm_strides(const vmm_tensor *tensor)
     const int64_t *vmm_row_shape(const vmm_tensor *tensor)
     size_t vmm_row_bytes(const vmm_tensor *tensor)
+    size_t vmm_lane_count(const vmm_tensor *tensor)
+    size_t vmm_lane_bytes(const vmm_tensor *tensor)
     size_t vmm_length(const vmm_tensor *tensor)
     size_t vmm_mapped(const vmm_tensor *tensor)
+    vmm_device *vmm_device_of(const vmm_tensor *tensor)
+    vmm_pool *vmm_pool_of(const vmm_tensor *tensor)
+    const vmm_spec *vmm_spec_of(const vmm_tensor *tensor)
+    void **vmm_user(vmm_tensor *tensor)
 
     # ---- growing, appending, shrinking
     ctypedef void *vmm_stream
@@ -149,6 +156,7 @@ cdef extern from "vmm.h" nogil:
 
     # ---- streams, hand-off
     vmm_status vmm_handoff(vmm_tensor *tensor, vmm_stream stream)
+    vmm_stream vmm_last_stream(const vmm_tensor *tensor)
     vmm_status vmm_stream_wait(vmm_device *device, vmm_stream waiter, vmm_stream producer)
 
     ctypedef struct vmm_event:
@@ -164,6 +172,7 @@ cdef extern from "vmm.h" nogil:
 
     vmm_status vmm_pin_rows(vmm_tensor *tensor, size_t n_rows, vmm_pin **out)
     void vmm_unpin(vmm_pin *pin)
+    void vmm_pin_shown(vmm_tensor *tensor)
 
     # ---- statistics
     ctypedef enum vmm_call:

@@ -97,6 +97,37 @@ cdef void close_source(Source *source) noexcept:
     source.capsule = NULL
 
 
+cdef int look_at(object x, Source *out) except -1:
+    """Describe x, to recognise its memory: nothing is asked of its producer, and nothing is
+    held but by close_source(). Raises TypeError for what has neither an exchange table nor
+    __cuda_array_interface__ and is no NumPy array, BufferError for what an append would refuse."""
+    cdef _Table table = _table_of(type(x))
+    out.producer = NULL
+    out.outlives = False
+    out.capsule = NULL
+    out.has_buffer = False
+    try:
+        if table is not None:
+            return _read_by_table(x, table, NULL, out)
+        if isinstance(x, _ndarray):
+            return _read_buffer(x, NULL, out)
+        interface = getattr(x, "__cuda_array_interface__", None)
+        if interface is not None:
+            return _read_interface(x, interface, NULL, out)
+    except BaseException:
+        close_source(out)
+        raise
+    raise TypeError(f"{type(x).__name__} does not say where its memory is")
+
+
+cdef DLDevice device_of(const Source *source) noexcept:
+    """Where memory is that was looked at."""
+    cdef DLDevice device
+    device.device_type = DL_CPU if source.array.memory == VMM_MEMORY_HOST else DL_CUDA
+    device.device_id = source.array.device_index
+    return device
+
+
 cdef str _name(DLDevice device):
     if device.device_type == DL_CUDA:
         return f"cuda:{device.device_id}"
@@ -142,15 +173,18 @@ cdef int describe(Source *out, const Target *target, DLDevice device, vmm_dtype 
     `stride_unit` bytes. Shape and strides are copied: an append lets other threads run, and
     they may change x."""
     cdef int i
-    _check_device(device, target)
-    _check_dtype(dtype, target)
+    if target != NULL:
+        _check_device(device, target)
+        _check_dtype(dtype, target)
+    elif not DL_CPU <= device.device_type <= DL_CUDA_HOST and device.device_type != DL_CUDA_MANAGED:
+        raise TypeError(f"x is on {_name(device)}")
     if ndim > VMM_MAX_NDIM:
-        raise ValueError(f"x has {ndim} dimensions and the tensor {target.ndim}")
+        raise ValueError(f"x has {ndim} dimensions: at most {VMM_MAX_NDIM} are possible")
     out.array.memory = VMM_MEMORY_HOST
     out.array.device_index = 0
     if device.device_type == DL_CUDA or device.device_type == DL_CUDA_MANAGED:
         out.array.memory = VMM_MEMORY_DEVICE
-        out.array.device_index = target.device.device_id
+        out.array.device_index = (device if target == NULL else target.device).device_id
     out.array.dtype = dtype
     out.array.ndim = ndim
     out.array.shape = out.shape
@@ -299,7 +333,7 @@ cdef int _read_interface(object x, object interface, const Target *target, Sourc
     cdef int64_t strides[VMM_MAX_NDIM]
     cdef int i, ndim
     # The interface does not say on which GPU the memory is.
-    device = target.device
+    device = DLDevice(DL_CUDA, 0) if target == NULL else target.device
     if hasattr(x, "__dlpack_device__"):
         device.device_type, device.device_id = x.__dlpack_device__()
 
@@ -315,7 +349,7 @@ cdef int _read_interface(object x, object interface, const Target *target, Sourc
     if not isinstance(sizes, tuple) or not (steps is None or isinstance(steps, tuple)):
         raise TypeError("shape and strides in __cuda_array_interface__ of x must be tuples")
     if len(sizes) > VMM_MAX_NDIM or (steps is not None and len(steps) != len(sizes)):
-        raise ValueError(f"x has {len(sizes)} dimensions and the tensor {target.ndim}")
+        raise ValueError(f"x has {len(sizes)} dimensions: at most {VMM_MAX_NDIM} are possible")
     ndim = len(sizes)
     for i in range(ndim):
         shape[i] = sizes[i]

@@ -304,7 +304,7 @@ cdef class VTensor(TensorCore):
         Raises VMMError when closed."""
         cdef vmm_tensor_stats stats
         self.live("stats")
-        if self.owner != PyThread_get_thread_ident():
+        if self.owner_of_all[0] != PyThread_get_thread_ident():
             while not self.available("stats"):
                 pass
         check(vmm_stats(self.handle, &stats))
@@ -361,7 +361,7 @@ cdef class VTensor(TensorCore):
         cdef vmm_status status
         if (
             handle != NULL
-            and self.owner == 0
+            and self.owner_of_all[0] == 0
             and not self.zero
             and n_rows <= <Py_ssize_t>(vmm_mapped(handle) - vmm_length(handle))
         ):
@@ -445,7 +445,6 @@ cdef class VTensor(TensorCore):
         self.leave()
         check(status)
         tensor.adopt(copy, self.pool_, self.dtype_, self.layout_, self.block_size_, self.zero)
-        tensor.last_stream = self.last_stream
         return tensor
 
     def close(self):

@@ -246,7 +246,7 @@ def read(pointer, shape, strides, dtype):
         for index, offset, n_bytes in _pieces(shape, strides, out.itemsize):
             call(
                 "cuMemcpyDtoH_v2",
-                ctypes.c_void_p(ordered[index].ctypes.data),
+                ctypes.c_void_p(ordered[(*index, ...)].ctypes.data),
                 ctypes.c_void_p(pointer + offset),
                 ctypes.c_size_t(n_bytes),
             )
@@ -266,7 +266,7 @@ def write(pointer, strides, array):
             call(
                 "cuMemcpyHtoD_v2",
                 ctypes.c_void_p(pointer + offset),
-                ctypes.c_void_p(ordered[index].ctypes.data),
+                ctypes.c_void_p(ordered[(*index, ...)].ctypes.data),
                 ctypes.c_size_t(n_bytes),
             )
         call("cuCtxSynchronize")

@@ -54,6 +54,9 @@ memoryview(t).tolist()
 np.from_dlpack(t).sum()
 pyvmm.append_many([t, t.fork()], [np.zeros(1), t])
 pyvmm.append_many(t, np.zeros(1))  # arg-type
+pyvmm.concat(np.zeros(3), np.zeros(1), axis=0).sum()
+pyvmm.concat(np.zeros(3), np.zeros(1), layout=3)  # arg-type
+assert_type(pyvmm.concat_stats()["reasons"]["dtypes"], int)
 with t as entered:
     assert_type(entered, pyvmm.VTensor)
 try:
@@ -76,7 +79,7 @@ ALLOWED = r"""
 pyvmm\._tensor\.VTensor\.__(len|iter)__
 pyvmm\.(_tensor\.VTensor|_view\.View)\.__init__
 # Not seen from Python before 3.12.
-pyvmm\.(_tensor\.VTensor|_view\.View)\.__(release_)?buffer__
+pyvmm\.(_tensor\.VTensor|_view\.View|_numpy\.Reservation)\.__(release_)?buffer__
 """
 
 
@@ -125,11 +128,13 @@ def test_stubs_are_what_the_modules_are(tmp_path):
         "mypy.stubtest",
         "pyvmm._append",
         "pyvmm._buffer",
+        "pyvmm._concat",
         "pyvmm._core",
         "pyvmm._device",
         "pyvmm._dlpack",
         "pyvmm._error",
         "pyvmm._export",
+        "pyvmm._numpy",
         "pyvmm._pool",
         "pyvmm._source",
         "pyvmm._stream",
