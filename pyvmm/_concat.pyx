@@ -98,6 +98,11 @@ cdef class Framework:
         raise NotImplementedError
 
 
+    def address(self, array):
+        """The address of the first element, 0 where there is none: for inplace blocks."""
+        raise NotImplementedError
+
+
 cdef dict _frameworks = {}
 cdef tuple _ADAPTERS = ("torch", "paddle", "cupy", "numpy")
 
@@ -163,9 +168,11 @@ def concat_stats(*, reset=False):
     return stats
 
 
-cpdef object fall_back(str reason):
-    """Count a concatenate that is left to the framework. Returns None."""
+cpdef object fall_back(str reason, dict counts=None):
+    """Count a concatenate that is left to the framework, there too. Returns None."""
     _reasons[reason] = _reasons.get(reason, 0) + 1
+    if counts is not None:
+        counts[reason] = counts.get(reason, 0) + 1
 
 
 # ---- concat -----------------------------------------------------------------------
@@ -212,41 +219,40 @@ def concat(cache, new, axis=0, *, capacity=None, layout=None, pool=None):
 
 
 cpdef object join(Framework framework, object cache, object new, object axis, object capacity,
-                  object layout, object pool, bint take_in):
+                  object layout, object pool, bint take_in, dict counts=None):
     """What concat() does, but None, counted, where it is left to the framework. Without
-    `take_in` only what a concat made is appended to, and None for anything else."""
+    `take_in` only what a concat made is appended to, and anything else is "not growing"."""
     cdef Source old, rows
     cdef int dimension
     cdef TensorCore tensor
     reason = framework.unfit(cache, new)
     if reason is not None:
-        return fall_back(reason)
+        return fall_back(reason, counts)
     try:
         look_at(cache, &old)
         close_source(&old)
         look_at(new, &rows)
         close_source(&rows)
     except (TypeError, ValueError, BufferError):
-        return fall_back("memory that cannot be seen")
+        return fall_back("memory that cannot be seen", counts)
     dimension = _dimension(axis, old.array.ndim)
     if dimension < 0:
-        return fall_back("axis")
+        return fall_back("axis", counts)
     reason = _mismatch(&old, &rows, dimension)
     if reason is not None:
-        return fall_back(reason)
+        return fall_back(reason, counts)
 
     tensor = _tensor_at(framework, cache, &old, dimension)
-    if tensor is not None and not take_in and not _is_made_here(tensor.handle):
-        return None
+    if not take_in and (tensor is None or not _is_made_here(tensor.handle)):
+        return fall_back("not growing", counts)
     if tensor is None:
-        return _take_in(framework, cache, &old, new, &rows, dimension, capacity, layout,
-                        pool) if take_in else None
+        return _take_in(framework, cache, &old, new, &rows, dimension, capacity, layout, pool)
     try:
         return _continue(framework, tensor, cache, &old, new, &rows)
     except VMMError as error:
         if error.status != "VMM_ERR_BUSY":
             raise
-        return fall_back("in an out-of-memory callback of its own growth")
+        return fall_back("in an out-of-memory callback of its own growth", counts)
 
 
 cdef int _dimension(object axis, int ndim):
@@ -336,6 +342,30 @@ cdef bint _is_start_of(const Source *old, vmm_tensor *handle, int axis) noexcept
             return False
         dense *= old.shape[d]
     return True
+
+
+def is_tensor_at(size_t address):
+    """Whether a tensor begins at this address."""
+    cdef vmm_tensor *handle
+    check(vmm_find(<const void *>address, &handle))
+    with nogil:
+        vmm_release(handle)
+    return handle != NULL
+
+
+def is_result_at(size_t address):
+    """Whether a tensor that concat made begins at this address."""
+    cdef vmm_tensor *handle
+    cdef bint is_result
+    if address == 0:
+        return False
+    check(vmm_find(<const void *>address, &handle))
+    if handle == NULL:
+        return False
+    is_result = _is_made_here(handle)
+    with nogil:
+        vmm_release(handle)
+    return is_result
 
 
 cdef bint _is_made_here(vmm_tensor *handle) noexcept:

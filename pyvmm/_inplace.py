@@ -1,0 +1,152 @@
+"""Growing concatenations inside any model, turned into appends: what the frameworks share.
+
+A model that keeps a cache concatenates it with what is new at every step. That is known by
+what happens and not by names: the first operand of a concatenate is what an earlier one
+returned, along the same axis. The first time this is so, the operand is taken in; from then
+on it is a concat's own result, and found by its address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, SupportsIndex
+
+from pyvmm._concat import Framework, fall_back, is_result_at, join
+from pyvmm._error import VMMError
+from pyvmm._pool import Pool
+
+
+class Turned:
+    """What one `with` block has done so far.
+
+    turned:   concatenations that became appends, or copies that later ones append to
+    left:     those left to the framework, by reason; "not growing" is any other use
+    reshaped: calls of view() on results that reshape() answered
+    """
+
+    turned: int
+    left: dict[str, int]
+    reshaped: int
+
+    def __init__(
+        self, capacity: SupportsIndex | None, layout: str | None, pool: Pool | None
+    ) -> None:
+        self.turned = self.reshaped = 0
+        self.left = {}
+        self._parameters = capacity, layout, pool
+
+    def __repr__(self) -> str:
+        return f"<turned {self.turned}, left {self.left}, reshaped {self.reshaped}>"
+
+
+class _Thread(threading.local):
+    """The blocks that a thread is in, the innermost last; and results of the framework's own
+    concatenate in them that still live: by id, which and along what axis."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Turned] = []
+        self.results: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+
+class Switch:
+    """A framework's functions, replaced while any thread is in a block and doing what they
+    always did in every other thread.
+
+    replacements: for each function its owner, its name, and what makes its replacement of it
+    """
+
+    def __init__(
+        self,
+        framework: Framework,
+        replacements: list[tuple[Any, str, Callable[[Any], Any]]],
+    ) -> None:
+        self._framework = framework
+        self._replacements = replacements
+        self._originals: list[tuple[Any, str, Any]] = []
+        self._lock = threading.Lock()
+        self._n_blocks = 0
+        self._thread = _Thread()
+
+    @contextlib.contextmanager
+    def block(
+        self, capacity: SupportsIndex | None, layout: str | None, pool: Pool | None
+    ) -> Iterator[Turned]:
+        thread, turned = self._thread, Turned(capacity, layout, pool)
+        with self._lock:
+            self._n_blocks += 1
+            if self._n_blocks == 1:
+                self._replace()
+        thread.blocks.append(turned)
+        try:
+            yield turned
+        finally:
+            thread.blocks.remove(turned)
+            if not thread.blocks:
+                thread.results.clear()
+            with self._lock:
+                self._n_blocks -= 1
+                if self._n_blocks == 0:
+                    self._put_back()
+
+    def active(self) -> Turned | None:
+        """The innermost block that this thread is in."""
+        blocks = self._thread.blocks
+        return blocks[-1] if blocks else None
+
+    def leave(self, reason: str) -> None:
+        """Count a concatenate that the framework is to do."""
+        fall_back(reason, self._thread.blocks[-1].left)
+
+    def concatenate(self, cache: Any, new: Any, axis: int) -> Any:
+        """Of two operands, inside a block. None where the framework is to do it, counted; its
+        result then goes to remember()."""
+        thread = self._thread
+        known = thread.results.get(id(cache))
+        is_last_result = (
+            known is not None and known[0]() is cache and known[1] == _dimension(cache, axis)
+        )
+        if not is_last_result and not is_result_at(self._framework.address(cache)):
+            self.leave("not growing")
+            return None
+        turned = thread.blocks[-1]
+        try:
+            result = join(
+                self._framework, cache, new, axis, *turned._parameters, is_last_result, turned.left
+            )
+        except VMMError as error:
+            self.leave(error.status)
+            return None
+        if result is not None:
+            turned.turned += 1
+        return result
+
+    def remember(self, result: Any, axis: int) -> None:
+        """Of the framework's own concatenate: the next one may begin with it."""
+        results, key = self._thread.results, id(result)
+        try:
+            known = weakref.ref(result, lambda _: results.pop(key, None))
+        except TypeError:
+            return  # of a type without weak references
+        results[key] = known, _dimension(result, axis)
+
+    def _replace(self) -> None:
+        self._originals = [
+            (owner, name, getattr(owner, name)) for owner, name, _ in self._replacements
+        ]
+        for (owner, name, original), (_, _, make) in zip(
+            self._originals, self._replacements, strict=True
+        ):
+            setattr(owner, name, make(original))
+
+    def _put_back(self) -> None:
+        for owner, name, original in self._originals:
+            setattr(owner, name, original)
+        self._originals = []
+
+
+def _dimension(array: Any, axis: Any) -> Any:
+    """The axis counted from the first, if it is one."""
+    return axis + array.ndim if isinstance(axis, int) and axis < 0 else axis

@@ -1,0 +1,259 @@
+"""torch: a cat that appends, by hand or inside any model.
+
+    cache = pyvmm.torch.cat((cache, new), dim=1)     # as torch.cat, an append where it can be
+
+    with pyvmm.torch.inplace_cat():                  # every growing torch.cat in here
+        model.generate(**inputs)
+
+Results are torch tensors, equal in value to torch.cat's and strided: where they are not
+contiguous, `.view` of them may fail where `.reshape` does not. A result shares memory with the
+one before it, so writing into one in place is seen through the other.
+
+The storage of a result is the address space of its whole capacity, most of it without memory.
+Copying by copy.deepcopy, pickle and torch.save, which would read all of it, is taught to
+copy the elements alone; what passes a storage to another process (torch.multiprocessing,
+share_memory_) is not: clone() the result first.
+"""
+
+# torch has no types where it is not installed, and some where it is.
+# mypy: disable-error-code="misc, no-untyped-call"
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, SupportsIndex
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils.dlpack import from_dlpack
+
+from pyvmm._concat import Framework, fall_back, is_tensor_at, join, register
+from pyvmm._inplace import Switch, Turned
+from pyvmm._pool import Pool
+
+__all__ = ["cat", "inplace_cat"]
+
+_Tensor = torch.Tensor
+_cat = torch.cat
+_keys_of = torch._C._dispatch_keys
+_n_dispatch_modes = torch._C._len_torch_dispatch_stack
+# Constant under torch.compile, which then sees torch.cat and nothing of this.
+_is_compiling = torch.compiler.is_dynamo_compiling
+_is_tracing = torch.jit.is_tracing
+
+
+class _Torch(Framework):
+    def __init__(self) -> None:
+        self.counts_elements = True
+        # The dispatch keys of tensors whose elements are what lies in their memory: no
+        # conjugation, negation, quantisation, sparsity or functorch level.
+        self._plain: set[int] = set()
+        self._sampled: set[torch.device] = set()
+
+    def unfit(self, cache: torch.Tensor, new: torch.Tensor) -> str | None:
+        if type(cache) is not _Tensor or type(new) is not _Tensor:
+            return "types"
+        if cache.requires_grad or new.requires_grad:
+            return "gradients"
+        if _n_dispatch_modes() or _is_tracing() or forward_ad._current_level >= 0:
+            return "a mode of torch"
+        plain = self._plain
+        if _keys_of(cache).raw_repr() in plain and _keys_of(new).raw_repr() in plain:
+            return None
+        if self._is_plain(cache) and self._is_plain(new):
+            return None
+        return "not a plain tensor"
+
+    def _is_plain(self, array: torch.Tensor) -> bool:
+        device = array.device
+        if device not in self._sampled and device.type in ("cpu", "cuda"):
+            for inference in (False, True):
+                with torch.inference_mode(inference):
+                    self._plain.add(_keys_of(torch.empty(0, device=device)).raw_repr())
+            self._sampled.add(device)
+        return _keys_of(array).raw_repr() in self._plain
+
+    def concatenate(self, cache: torch.Tensor, new: torch.Tensor, axis: Any) -> torch.Tensor:
+        return _cat((cache, new), axis)
+
+    def address(self, array: Any) -> int:
+        try:
+            address: int = array.data_ptr()
+        except (AttributeError, RuntimeError, NotImplementedError):
+            return 0
+        return address
+
+    def anchor(self, cache: torch.Tensor) -> int:
+        address: int = cache.untyped_storage().data_ptr()
+        return address
+
+    def wrap(self, reserved: Any) -> torch.Tensor:
+        _copy_elements_alone()
+        # A normal tensor also when the caller is in inference mode.
+        with torch.inference_mode(False):
+            return from_dlpack(reserved)
+
+    def cut(
+        self, array: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> torch.Tensor | None:
+        try:
+            return array.as_strided(shape, strides, 0)
+        except RuntimeError:
+            return None  # a storage over fewer rows
+
+    def dense(self, array: torch.Tensor) -> torch.Tensor:
+        return array.contiguous()
+
+
+_TORCH = _Torch()
+register(_Tensor, _TORCH)
+
+
+def cat(
+    tensors: Sequence[torch.Tensor],
+    dim: int = 0,
+    *,
+    out: torch.Tensor | None = None,
+    capacity: SupportsIndex | None = None,
+    layout: str | None = None,
+    pool: Pool | None = None,
+) -> torch.Tensor:
+    """torch.cat, and an append where `tensors` are two and the first is what the last cat
+    returned, or the whole of a VTensor; see pyvmm.concat(), also for the parameters.
+
+    With out=, another number of tensors, and whatever else cannot grow in place it is
+    torch.cat, counted in pyvmm.concat_stats()."""
+    if not _is_compiling():
+        if out is not None:
+            fall_back("out=")
+        elif not isinstance(tensors, (tuple, list)) or len(tensors) != 2:
+            fall_back("number of operands")
+        else:
+            cache, new = tensors
+            result = join(_TORCH, cache, new, dim, capacity, layout, pool, True)
+            if result is not None:
+                return result
+    return _cat(tensors, dim) if out is None else _cat(tensors, dim, out=out)
+
+
+# ---- inside any model -------------------------------------------------------------
+
+
+def inplace_cat(
+    *,
+    capacity: SupportsIndex | None = None,
+    layout: str | None = None,
+    pool: Pool | None = None,
+) -> AbstractContextManager[Turned]:
+    """Turn growing concatenations of this thread into appends while the block lasts.
+
+        with pyvmm.torch.inplace_cat() as turned:
+            model.generate(**inputs)
+        print(turned)
+
+    A torch.cat (concat, concatenate) of two tensors whose first is what an earlier one
+    returned, along the same dimension, appends; see pyvmm.concat() for the parameters and for
+    what is left to torch. `turned.turned` counts them, `turned.left` the others by reason.
+    Results are equal in value and not contiguous: `.view` on them is answered by reshape,
+    a copy, where it must (`turned.reshaped`).
+
+    Not supported: writing in place into a result that a later one continues, and functions
+    imported before (`from torch import cat`), which stay torch's own. Under torch.compile,
+    in a dispatch mode or a functorch transform, and with gradients, it is torch.cat.
+
+    Blocks nest, the parameters of the innermost count, other threads are not affected, and
+    after the last block torch is as it was."""
+    return _SWITCH.block(capacity, layout, pool)
+
+
+def _appending(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def cat(*args: Any, **kwargs: Any) -> Any:
+        if _is_compiling() or _SWITCH.active() is None:
+            return original(*args, **kwargs)
+        tensors, dim = _operands(*args, **kwargs)
+        if tensors is None:
+            return original(*args, **kwargs)
+        result = _SWITCH.concatenate(tensors[0], tensors[1], dim)
+        if result is None:
+            result = original(tensors, dim)
+            _SWITCH.remember(result, dim)
+        return result
+
+    return cat
+
+
+def _operands(
+    tensors: Any = None, dim: Any = None, *, axis: Any = 0, out: Any = None, **others: Any
+) -> tuple[Any, Any]:
+    """What is to be concatenated, None for what only torch can judge."""
+    if out is not None:
+        _SWITCH.leave("out=")
+    elif not isinstance(tensors, (tuple, list)) or len(tensors) != 2 or others:
+        _SWITCH.leave("number of operands")
+    else:
+        return tensors, axis if dim is None else dim
+    return None, None
+
+
+def _viewing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def view(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        except RuntimeError:
+            turned = None if _is_compiling() else _SWITCH.active()
+            if turned is None or not _is_ours(self):
+                raise
+            result = self.reshape(*args, **kwargs)
+            turned.reshaped += 1
+            return result
+
+    return view
+
+
+_SWITCH = Switch(
+    _TORCH,
+    [
+        (torch, "cat", _appending),
+        (torch, "concat", _appending),
+        (torch, "concatenate", _appending),
+        (_Tensor, "view", _viewing),
+    ],
+)
+
+
+# ---- copies -----------------------------------------------------------------------
+
+
+def _is_ours(array: torch.Tensor) -> bool:
+    try:
+        return is_tensor_at(array.untyped_storage().data_ptr())
+    except (RuntimeError, NotImplementedError):
+        return False  # it has no storage
+
+
+@functools.cache
+def _copy_elements_alone() -> None:
+    """Teach deepcopy and pickle that of our tensors the elements are to be copied and not
+    the storage, which has no memory for most of its addresses. Others stay as they were."""
+    deepcopy, reduce_ex = _Tensor.__deepcopy__, _Tensor.__reduce_ex__
+
+    @functools.wraps(deepcopy)
+    def __deepcopy__(self: torch.Tensor, memo: dict[int, Any]) -> Any:
+        if type(self) is not _Tensor or not _is_ours(self):
+            return deepcopy(self, memo)
+        if id(self) not in memo:
+            memo[id(self)] = self.clone()
+        return memo[id(self)]
+
+    @functools.wraps(reduce_ex)
+    def __reduce_ex__(self: torch.Tensor, protocol: Any) -> Any:
+        if type(self) is _Tensor and _is_ours(self):
+            self = self.clone()
+        return reduce_ex(self, protocol)
+
+    _Tensor.__deepcopy__ = __deepcopy__
+    _Tensor.__reduce_ex__ = __reduce_ex__
