@@ -234,6 +234,26 @@ VMM_API vmm_status vmm_pool_close(vmm_pool *pool);
  * call on any pool of the device, once nothing uses it. NULL is ignored. */
 VMM_API void vmm_pool_release(vmm_pool *pool);
 
+typedef void *vmm_stream; /* a CUstream. NULL is the legacy default stream. Ignored on the host */
+#define VMM_STREAM_LEGACY ((vmm_stream)1)
+#define VMM_STREAM_PER_THREAD ((vmm_stream)2)
+#define VMM_STREAM_NONE ((vmm_stream)(intptr_t)-1) /* where a call says that it takes it */
+
+/* vmm_pool_alloc() - memory of a fixed size, for the allocator of a framework: so that its
+ * tensors and those that grow share one budget.
+ *   bytes    at least 1; a whole number of blocks is taken, one block under VMM_BLOCK_AUTO
+ *   stream   the one whose work needs the memory; if it is being captured, no fence is taken
+ * Runs no out-of-memory callback, since the caller may hold locks that they want.
+ * Returns VMM_ERR_INVALID, VMM_ERR_OVERFLOW, VMM_ERR_OUT_OF_MEMORY, VMM_ERR_DRIVER,
+ * VMM_ERR_FORKED. Cost: one driver call and three for each block. Thread-safe. */
+VMM_API vmm_status vmm_pool_alloc(vmm_pool *pool, size_t bytes, vmm_stream stream, void **out);
+
+/* vmm_pool_free() - give an allocation back: as vmm_close() does, with no driver call on a GPU,
+ * so also during a capture and after work on the memory has been submitted. NULL is ignored,
+ * and so is everything in a forked child.
+ * Returns VMM_ERR_INVALID for what is no allocation of this pool. Thread-safe. */
+VMM_API vmm_status vmm_pool_free(vmm_pool *pool, void *pointer);
+
 /* Element types have DLPack's codes, so that a DLDataType can be copied over. `bits` is a
  * multiple of 8 and `lanes` is 1. The library moves elements and never reads them. */
 typedef struct vmm_dtype {
@@ -334,11 +354,6 @@ VMM_API size_t vmm_mapped(const vmm_tensor *tensor);
  *
  * One writer at a time for each tensor (see 10.).
  */
-typedef void *vmm_stream; /* a CUstream. NULL is the legacy default stream. Ignored on the host */
-#define VMM_STREAM_LEGACY ((vmm_stream)1)
-#define VMM_STREAM_PER_THREAD ((vmm_stream)2)
-#define VMM_STREAM_NONE ((vmm_stream)(intptr_t)-1) /* where a call says that it takes it */
-
 /* vmm_map() - back the first `n_rows` rows with memory, as far as they are not yet.
  * The length does not change. Rows mapped by request stay until vmm_trim().
  *   n_rows   0 .. capacity
