@@ -67,7 +67,7 @@ def bind(Pool pool not None):
         raise ValueError("torch's pluggable allocator is for GPUs, and this pool is of the host")
     cdef int device = int(index)
     if device >= MAX_DEVICES:
-        raise ValueError(f"{pool.device_name} is beyond the {MAX_DEVICES} devices that can be bound")
+        raise ValueError(f"{pool.device_name} is beyond the {MAX_DEVICES} that can be bound")
     cdef vmm_pool *handle = pool.enter("bind")
     pool.leave()
     with _lock:
