@@ -223,10 +223,10 @@ static vmm_status reclaim_covered(pool_work *work, bool parked_only) {
         pthread_mutex_lock(&pool->lock);
         bool fenced =
             !parked_only && (!pool->device->ops->is_async || pool->fences_passed > entry->epoch);
-        bool useful = fenced || entry->parked_bytes > 0;
+        bool useful = fenced || entry->parked_bytes > 0, retired = entry->retired;
         pthread_mutex_unlock(&pool->lock);
         if (useful) {
-            vmm_status status = entry->reclaim(entry, work, fenced, &gone);
+            vmm_status status = entry->reclaim(entry, work, fenced, retired, &gone);
             if (status && !first)
                 first = status;
         }
