@@ -389,12 +389,15 @@ vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes,
         status = take_or_create(work, size, out);
     if (status != VMM_ERR_OUT_OF_MEMORY || !wait || !pool_has_queue(pool))
         return status;
-    vmm_undo_begin();
     vmm_status reclaimed = reclaim(work, true);
-    vmm_undo_end();
-    if (reclaimed)
-        return status;
-    return pool_take_block(work, bytes, smallest_bytes, false, out);
+    vmm_error refusal = *vmm_last_error();
+    /* What could not be taken back may not have been all there was. */
+    status = pool_take_block(work, bytes, smallest_bytes, false, out);
+    if (status == VMM_ERR_OUT_OF_MEMORY && reclaimed && reclaimed != VMM_ERR_CAPTURING) {
+        vmm_fail_again(&refusal); /* the cause: there was memory, and the driver kept it */
+        status = reclaimed;
+    }
+    return status;
 }
 
 /* Address space of closed tensors that never mapped anything is not asked for by any
