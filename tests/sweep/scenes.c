@@ -433,7 +433,7 @@ const scene scenes[] = {
      check_grow, 8},
     {"grow, queued memory in use", CUDA_ONLY | ONE_BLOCKS | FENCES | BUSY, queued_memory, run_grow,
      check_grow, 8},
-    {"grow, on_oom callback", ONE_BLOCKS | FENCES | CLOSES, full_budget, run_grow, check_grow, 8},
+    {"grow, on_oom callback", ONE_BLOCKS | FENCES | SUBMITS | CLOSES, full_budget, run_grow, check_grow, 8},
     {"grow, an abandoned pool", ONCE | FENCES, abandoned_pool, run_grow, check_grow, 0},
     {"append, device memory", SUBMITS, append_device, run_append, check_appended, 0},
     {"append, device memory, strided", SUBMITS | ONE_BLOCKS, append_device_strided, run_append,
