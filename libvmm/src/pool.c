@@ -428,17 +428,30 @@ vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, ui
     return status;
 }
 
-bool pool_run_callbacks(vmm_pool *pool, size_t needed_bytes) {
-    bool freed = false;
+/* The callback that was registered next after number `*last`, of those up to `end`. */
+static bool next_callback(vmm_pool *pool, uint64_t *last, uint64_t end, pool_callback *out) {
+    bool found = false;
     pthread_mutex_lock(&pool->lock);
-    size_t n = pool->n_callbacks;
-    pool_callback *callbacks = n ? malloc(n * sizeof *callbacks) : NULL;
-    for (size_t i = 0; callbacks && i < n; i++)
-        callbacks[i] = pool->callbacks[i];
+    for (size_t i = 0; i < pool->n_callbacks && !found; i++) {
+        *out = pool->callbacks[i];
+        found = out->number > *last && out->number <= end;
+    }
     pthread_mutex_unlock(&pool->lock);
-    for (size_t i = 0; callbacks && i < n; i++)
-        freed |= callbacks[i].function(callbacks[i].user, needed_bytes) != 0;
-    free(callbacks);
+    if (found)
+        *last = out->number;
+    return found;
+}
+
+bool pool_run_callbacks(vmm_pool *pool, size_t needed_bytes) {
+    /* One by one, for they may register and remove; no copy, for there may be no memory. */
+    bool freed = false;
+    pool_callback callback;
+    uint64_t last = 0;
+    pthread_mutex_lock(&pool->lock);
+    uint64_t end = pool->callbacks_registered;
+    pthread_mutex_unlock(&pool->lock);
+    while (next_callback(pool, &last, end, &callback))
+        freed |= callback.function(callback.user, needed_bytes) != 0;
     return freed;
 }
 
@@ -526,7 +539,8 @@ vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, void *user
             realloc(pool->callbacks, (pool->n_callbacks + 1) * sizeof *pool->callbacks);
         if (grown) {
             pool->callbacks = grown;
-            grown[pool->n_callbacks++] = (pool_callback){callback, user};
+            grown[pool->n_callbacks++] =
+                (pool_callback){callback, user, ++pool->callbacks_registered};
         } else {
             status = vmm_fail(VMM_ERR_OUT_OF_MEMORY, "pool_on_oom", "no host memory left");
         }

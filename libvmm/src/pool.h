@@ -51,6 +51,7 @@ typedef struct pool_event {
 typedef struct pool_callback {
     vmm_oom_callback function;
     void *user;
+    uint64_t number; /* ascending, in the order of registration */
 } pool_callback;
 
 struct vmm_pool {
@@ -76,6 +77,7 @@ struct vmm_pool {
     pool_event *spare_events;
     pool_callback *callbacks;
     size_t n_callbacks;
+    uint64_t callbacks_registered;
     struct vmm_pool *next_abandoned;
 
     uint64_t driver_calls[VMM_CALL_COUNT]; /* atomic */
