@@ -38,6 +38,7 @@ LINK_VMM = -Lbuild -lvmm -Wl,-rpath,$(CURDIR)/build -pthread -ldl -lm
 
 LIB_OBJECTS := $(patsubst libvmm/src/%.c,build/obj/%.o,$(wildcard libvmm/src/*.c))
 C_TESTS := $(patsubst tests/c/%.c,build/tests/c/%,$(wildcard tests/c/test_*.c))
+SWEEP := build/tests/sweep
 C_BENCHES := $(patsubst benchmarks/%.c,build/benchmarks/%,$(wildcard benchmarks/bench_*.c))
 SIM_SOURCES := $(wildcard tests/sim/*.c)
 SIM := $(if $(SIM_SOURCES),build/sim/libcuda.so.1)
@@ -216,12 +217,17 @@ build/tests/c/%: tests/c/%.c build/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
 
+# malloc and others are the program's own, for libvmm.so too: see tests/sweep/faults.h.
+$(SWEEP): $(wildcard tests/sweep/*.[ch]) tests/c/check.h build/libvmm.so
+	@mkdir -p $(@D)
+	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -o $@ $(filter %.c,$^) $(LINK_VMM)
+
 build/sim/libcuda.so.1: $(SIM_SOURCES) $(wildcard tests/sim/*.h libvmm/src/append.h)
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -fvisibility=default -shared \
 	  -Wl,-soname,libcuda.so.1,-z,defs -o $@ $(SIM_SOURCES) -pthread -ldl
 
-test-programs: $(C_TESTS) $(SIM)
+test-programs: $(C_TESTS) $(SWEEP) $(SIM)
 
 # What does not compile is a failure that run_tests.py reports with the others. Another make,
 # since setup.py may have installed an nvcc, or built the library, that this one did not see.
@@ -247,7 +253,7 @@ bench-c: $(C_BENCHES)
 
 # ---- lint -------------------------------------------------------------------------
 # The compile is part of it: -Wall -Wextra -Werror, of everything that is C.
-lint: $(call have,build) $(call have,lint) build/libvmm.so $(C_TESTS) $(SIM) $(C_BENCHES)
+lint: $(call have,build) $(call have,lint) build/libvmm.so $(C_TESTS) $(SWEEP) $(SIM) $(C_BENCHES)
 	$(CC) -std=c99 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c libvmm/include/vmm.h
 	$(CXX) -std=c++11 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c++ libvmm/include/vmm.h
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
