@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIMULATOR = ROOT / "build/sim/libcuda.so.1"
 TIMEOUT_S = 600
 # Nothing in these depends on a device.
-DEVICELESS = ("test_packaging.py", "test_ptx.py")
+DEVICELESS = ("test_conformance.py", "test_packaging.py", "test_ptx.py")
 
 GPU_PROBE = """
 import ctypes, sys
