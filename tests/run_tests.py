@@ -61,7 +61,8 @@ def environment(**extra):
 def find_devices():
     """(label, argument, environment) for each way to run a test that takes a device."""
     devices = [("host", "host", environment())]
-    simulated = environment(VMM_CUDA_LIBRARY=str(SIMULATOR))
+    # A C test closes all that it opened: what the driver still holds at exit is a leak.
+    simulated = environment(VMM_CUDA_LIBRARY=str(SIMULATOR), VMM_SIM_CHECK_EXIT="1")
     devices.append(("cuda:0, simulated", "cuda:0", simulated))
     probe = subprocess.run([sys.executable, "-c", GPU_PROBE], capture_output=True, text=True)
     if probe.returncode == 0:
