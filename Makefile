@@ -227,7 +227,11 @@ build/sim/libcuda.so.1: $(SIM_SOURCES) $(wildcard tests/sim/*.h libvmm/src/appen
 	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -fvisibility=default -shared \
 	  -Wl,-soname,libcuda.so.1,-z,defs -o $@ $(SIM_SOURCES) -pthread -ldl
 
-test-programs: $(C_TESTS) $(SWEEP) $(SIM)
+build/tests/conformance/probes: $(wildcard tests/conformance/*.[ch]) tests/sim/cuda_abi.h
+	@mkdir -p $(@D)
+	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -o $@ $(filter %.c,$^) -pthread -ldl
+
+test-programs: $(C_TESTS) $(SWEEP) $(SIM) build/tests/conformance/probes
 
 # What does not compile is a failure that run_tests.py reports with the others. Another make,
 # since setup.py may have installed an nvcc, or built the library, that this one did not see.
@@ -253,7 +257,7 @@ bench-c: $(C_BENCHES)
 
 # ---- lint -------------------------------------------------------------------------
 # The compile is part of it: -Wall -Wextra -Werror, of everything that is C.
-lint: $(call have,build) $(call have,lint) build/libvmm.so $(C_TESTS) $(SWEEP) $(SIM) $(C_BENCHES)
+lint: $(call have,build) $(call have,lint) build/libvmm.so test-programs $(C_BENCHES)
 	$(CC) -std=c99 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c libvmm/include/vmm.h
 	$(CXX) -std=c++11 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c++ libvmm/include/vmm.h
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)
