@@ -24,6 +24,7 @@ from pyvmm._libvmm cimport (
     VMM_LAYOUT_C,
     VMM_LAYOUT_LANE,
     VMM_LAYOUT_SEQ,
+    vmm_array,
     vmm_axis,
     vmm_base,
     vmm_find,
@@ -98,7 +99,6 @@ cdef class Framework:
     cpdef object dense(self, object array):
         """A contiguous array of these elements."""
         raise NotImplementedError
-
 
     def address(self, array):
         """The address of the first element, 0 where there is none: for inplace blocks."""
@@ -271,10 +271,11 @@ cdef int _dimension(object axis, int ndim):
 cdef str _mismatch(const Source *old, const Source *rows, int axis):
     """Why these two do not make one tensor, or None."""
     cdef int d
-    cdef DLDevice a = device_of(old), b = device_of(rows)
-    if a.device_type != b.device_type or a.device_id != b.device_id:
+    cdef const vmm_array *a = &old.array
+    cdef const vmm_array *b = &rows.array
+    if a.memory != b.memory or a.device_index != b.device_index:
         return "devices"
-    if old.array.dtype.code != rows.array.dtype.code or old.array.dtype.bits != rows.array.dtype.bits:
+    if a.dtype.code != b.dtype.code or a.dtype.bits != b.dtype.bits:
         return "dtypes"
     if old.array.ndim != rows.array.ndim:
         return "shapes"

@@ -33,6 +33,7 @@ cdef int read_source(object x, const Target *target, vmm_stream stream, Source *
 cdef int describe(Source *out, const Target *target, DLDevice device, vmm_dtype dtype, int ndim,
                   const int64_t *shape, const int64_t *strides, int64_t stride_unit) except -1
 cdef int check_shape(const Source *source, const Target *target) except -1
+cdef void begin_source(Source *out) noexcept
 cdef void close_source(Source *source) noexcept
 cdef int look_at(object x, Source *out) except -1
 cdef DLDevice device_of(const Source *source) noexcept

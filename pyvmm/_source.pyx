@@ -59,11 +59,7 @@ cdef int read_source(object x, const Target *target, vmm_stream stream, Source *
     Raises TypeError (no array, another dtype), ValueError (another device), BufferError (the
     producer refuses). Then nothing is held; else close_source() is due."""
     cdef _Table table = _table_of(type(x))
-    out.producer = NULL
-    out.outlives = False
-    out.capsule = NULL
-    out.has_buffer = False
-
+    begin_source(out)
     try:
         if table is not None:
             return _read_by_table(x, table, target, out)
@@ -89,6 +85,14 @@ cdef int read_source(object x, const Target *target, vmm_stream stream, Source *
     )
 
 
+cdef void begin_source(Source *out) noexcept:
+    """Nothing is held yet, and no stream named."""
+    out.producer = NULL
+    out.outlives = False
+    out.capsule = NULL
+    out.has_buffer = False
+
+
 cdef void close_source(Source *source) noexcept:
     if source.has_buffer:
         source.has_buffer = False
@@ -103,10 +107,7 @@ cdef int look_at(object x, Source *out) except -1:
 
     Raises TypeError or ValueError for what has no memory that can be named."""
     cdef _Table table = _table_of(type(x))
-    out.producer = NULL
-    out.outlives = False
-    out.capsule = NULL
-    out.has_buffer = False
+    begin_source(out)
     try:
         if table is not None:
             return _read_by_table(x, table, NULL, out)

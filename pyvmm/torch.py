@@ -79,10 +79,12 @@ class _Torch(Framework):
         return _cat((cache, new), axis)
 
     def address(self, array: Any) -> int:
+        if type(array) is not _Tensor:
+            return 0
         try:
             address: int = array.data_ptr()
-        except (AttributeError, RuntimeError, NotImplementedError):
-            return 0
+        except (RuntimeError, NotImplementedError):
+            return 0  # it has no storage
         return address
 
     def anchor(self, cache: torch.Tensor) -> int:
@@ -161,7 +163,8 @@ def inplace_cat(
 
     Not supported: writing in place into a result that a later one continues, and functions
     imported before (`from torch import cat`), which stay torch's own. Under torch.compile,
-    in a dispatch mode or a functorch transform, and with gradients, it is torch.cat.
+    in a dispatch mode or a functorch transform, and with gradients, it is torch.cat;
+    torch.jit.script does not know the replaced functions, so script before.
 
     Blocks nest, the parameters of the innermost count, other threads are not affected, and
     after the last block torch is as it was."""

@@ -8,7 +8,7 @@ import pytest
 
 import cuda_helper
 import pyvmm
-from concat_arrays import DeviceArray, Uncollected, address, array, export, in_use, value
+from concat_arrays import DeviceArray, Uncollected, address, array, counted, export, in_use, value
 from support import calls, calls_since, run_python, to_numpy
 
 ROW = (2, 3, 8)
@@ -22,13 +22,7 @@ def numbers(shape, start=0, dtype="float32"):
 def stats():
     """What concat() has done since the test began."""
     pyvmm.concat_stats(reset=True)
-
-    def read():
-        counts = pyvmm.concat_stats()
-        del counts["copied_bytes"], counts["reasons"]
-        return {name: n for name, n in counts.items() if n}
-
-    return read
+    return counted
 
 
 @pytest.fixture
@@ -349,7 +343,7 @@ def test_inside_an_out_of_memory_callback_of_its_own(device, make, make_pool, st
     assert len(inside) == 1
     same(inside[0], np.concatenate([expected] * (results[-1].shape[0] + 1)))
     assert stats()["fell_back"] == 1
-    del results
+    results.clear()
 
 
 def test_threads_with_one_cache(device, make, stats):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st  # noqa: E402
 import concat_programs  # noqa: E402
 import pyvmm  # noqa: E402
 import pyvmm.torch  # noqa: E402
-from concat_arrays import Uncollected, in_use  # noqa: E402
+from concat_arrays import Uncollected, counted, in_use  # noqa: E402
 
 CAT = torch.cat
 VIEW = torch.Tensor.view
@@ -42,13 +42,7 @@ def place(request):
 @pytest.fixture(autouse=True)
 def stats():
     pyvmm.concat_stats(reset=True)
-
-    def read():
-        counts = pyvmm.concat_stats()
-        del counts["copied_bytes"], counts["reasons"]
-        return {name: n for name, n in counts.items() if n}
-
-    yield read
+    yield counted
     assert torch.cat is CAT and torch.Tensor.view is VIEW
 
 
