@@ -233,7 +233,7 @@ cpdef object join(Framework framework, object cache, object new, object axis, ob
     try:
         look_at(cache, &old)
         look_at(new, &rows)
-    except (TypeError, ValueError, BufferError):
+    except (TypeError, ValueError, BufferError, RuntimeError):
         return fall_back("memory that cannot be seen", counts)
     dimension = _dimension(axis, old.array.ndim)
     if dimension < 0:
@@ -417,6 +417,8 @@ cdef object _continue(Framework framework, TensorCore tensor, object cache, cons
     cdef bint is_tip = n_old == <Py_ssize_t>vmm_length(tensor.handle)
     if not _is_dense(rows):
         new, rows = framework.dense(new), NULL
+    elif rows.outlives:
+        rows = NULL
     if is_tip and n_rows <= tensor.capacity_:
         if append_at(tensor, new, rows, n_old) == 0:
             _appended += 1

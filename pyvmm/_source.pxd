@@ -21,7 +21,8 @@ ctypedef struct Source:
     int64_t strides[VMM_MAX_NDIM]
     # The stream that the producer works on, where it names one (then not NULL).
     vmm_stream producer
-    # It was not told, and is on the GPU: the object must live until the append has read it.
+    # It was not told, and is on the GPU: the object must live until the append has read it. What
+    # look_at() finds like this can be appended only after it has been read again.
     bint outlives
     PyObject *capsule
     Py_buffer buffer
