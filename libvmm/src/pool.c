@@ -324,9 +324,9 @@ static vmm_status reclaim(pool_work *work, bool wait) {
     return first ? first : status;
 }
 
-void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
-    *work = (pool_work){pool, tensor_calls, stream};
-    pthread_mutex_lock(&pool->work);
+/* Try again what the driver would not take back. */
+static void retry_parked(pool_work *work) {
+    vmm_pool *pool = work->pool;
     pthread_mutex_lock(&pool->lock);
     bool retry = pool->parked_bytes > 0;
     pthread_mutex_unlock(&pool->lock);
@@ -343,6 +343,12 @@ void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vm
     }
     reclaim_covered(work, true);
     vmm_undo_end();
+}
+
+void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
+    *work = (pool_work){pool, tensor_calls, stream};
+    pthread_mutex_lock(&pool->work);
+    retry_parked(work);
 }
 
 static void sweep_abandoned(vmm_device *device, vmm_stream stream);
@@ -681,8 +687,8 @@ static void sweep_abandoned(vmm_device *device, vmm_stream stream) {
     vmm_undo_begin();
     while (pool) {
         vmm_pool *next = pool->next_abandoned;
-        pool_work work = {pool, NULL, stream};
-        pthread_mutex_lock(&pool->work);
+        pool_work work;
+        pool_work_begin(&work, pool, NULL, stream);
         reclaim(&work, false);
         release_free(&work, SIZE_MAX);
         pthread_mutex_unlock(&pool->work);
