@@ -7,6 +7,8 @@
 #include "sweep.h"
 
 #include <errno.h>
+#include <signal.h>
+#include <unistd.h>
 
 #define CUDA_OUT_OF_MEMORY 2
 #define CUDA_NOT_READY 600
@@ -92,6 +94,13 @@ static void say_where(void) {
            current_scene ? current_scene->name : "device_open", c->device, layout_names[c->layout],
            block_names[c->blocks], c->is_fixed ? "fixed" : "auto", kind_names[f->kind], f->nth,
            current_call ? current_call : "not yet", f->code, f->times);
+}
+
+static void on_signal(int number) {
+    printf("signal %d: memory that should be accessible is not\n", number);
+    say_where();
+    fflush(stdout);
+    _exit(1);
 }
 
 /* Nothing but the operation's own undoing has come between, so the driver has what it had. */
@@ -236,6 +245,8 @@ int main(int argc, char **argv) {
     setenv("VMM_SIM_DRIVER_VERSION", "13000", 0);
     bool is_old = atoi(getenv("VMM_SIM_DRIVER_VERSION")) < 12050;
     atexit(say_where);
+    signal(SIGSEGV, on_signal);
+    signal(SIGBUS, on_signal);
     faults_begin();
     if (config.is_cuda && !dlsym(cuda_library(), "vmm_sim_version"))
         SKIP("a real driver cannot be made to fail: the simulated one can");
