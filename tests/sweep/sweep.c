@@ -174,8 +174,10 @@ static void report(const char *operation, const config *c, int flags, fault_kind
            operation, c->device, c->is_cuda ? version : "0",
            flags & ONE_LAYOUT ? "-" : layout_names[c->layout],
            flags & ONE_BLOCKS ? "-" : block_names[c->blocks],
-           flags & ONE_SIZE ? "-" : c->is_fixed ? "fixed" : "auto", kind_names[kind], t->calls,
-           t->points, t->refused, t->absorbed, t->parked);
+           flags & ONE_SIZE ? "-"
+           : c->is_fixed    ? "fixed"
+                            : "auto",
+           kind_names[kind], t->calls, t->points, t->refused, t->absorbed, t->parked);
 }
 
 static bool try_fault(const scene *scene, const config *config, const fault *fault, tally *tally) {

@@ -63,8 +63,8 @@ typedef struct world {
     vmm_device_info info;
     int done;
 
-    long lost_events;        /* that the driver has refused to destroy, and keeps */
-    bool has_abandoned_pool; /* whose books cannot be seen any more */
+    long lost_events;               /* that the driver has refused to destroy, and keeps */
+    bool has_abandoned_pool;        /* whose books cannot be seen any more */
     unsigned long long other_bytes; /* of the device, that are not the pools' */
     struct snapshot *at_start;
 } world;
