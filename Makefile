@@ -55,7 +55,7 @@ endif
 
 .DELETE_ON_ERROR:
 .PHONY: all help install venv demo demo-llm test test-inplace test-programs inplace lint format \
-        ptx dist bench-c clean check-cc check-cxx check-python check-venv FORCE
+        ptx dist bench-c reliability clean check-cc check-cxx check-python check-venv FORCE
 
 all: build/libvmm.so
 
@@ -68,6 +68,7 @@ help:
 	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
+	@echo 'make reliability  what docs/RELIABILITY.md shows of the sweeps, anew'
 	@echo 'make lint         clang-format, ruff, cython-lint, mypy, warnings; make format mends'
 	@echo 'make dist         dist/: an sdist, and a wheel that needs no compiler'
 	@echo 'make bench-c      the C benchmarks; ARGS="cuda:0 --out FOLDER"'
@@ -245,6 +246,10 @@ test: venv $(call have,test) $(foreach name,$(WITH),$(call have,$(name)))
 test-inplace: inplace
 	@$(TEST_PROGRAMS)
 	@$(PYTHON) tests/run_tests.py
+
+# The tables of docs/RELIABILITY.md, from what the tests find.
+reliability: $(SWEEP) $(SIM)
+	@$(PYTHON) tests/reliability.py
 
 build/benchmarks/%: benchmarks/%.c build/libvmm.so
 	@mkdir -p $(@D)
