@@ -55,7 +55,7 @@ endif
 
 .DELETE_ON_ERROR:
 .PHONY: all help install venv demo demo-llm test test-inplace test-programs inplace lint format \
-        ptx dist bench-c clean check-cc check-cxx check-python check-venv FORCE
+        planted-defects ptx dist bench-c clean check-cc check-cxx check-python check-venv FORCE
 
 all: build/libvmm.so
 
@@ -68,6 +68,8 @@ help:
 	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
+	@echo 'make planted-defects  plant defects in a copy, one at a time: a test must notice each;'
+	@echo '                  the table goes into docs/RELIABILITY.md'
 	@echo 'make lint         clang-format, ruff, cython-lint, mypy, warnings; make format mends'
 	@echo 'make dist         dist/: an sdist, and a wheel that needs no compiler'
 	@echo 'make bench-c      the C benchmarks; ARGS="cuda:0 --out FOLDER"'
@@ -245,6 +247,10 @@ test: venv $(call have,test) $(foreach name,$(WITH),$(call have,$(name)))
 test-inplace: inplace
 	@$(TEST_PROGRAMS)
 	@$(PYTHON) tests/run_tests.py
+
+# Each defect is planted in a copy of its own, build/defects; DEFECTS="NAME ..." for some.
+planted-defects: venv $(call have,test)
+	@$(VENV_PYTHON) tests/defects/plant.py $(or $(DEFECTS),--write)
 
 build/benchmarks/%: benchmarks/%.c build/libvmm.so
 	@mkdir -p $(@D)

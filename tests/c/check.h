@@ -92,6 +92,7 @@ typedef unsigned long long cu_pointer;
     X(stream_synchronize, "cuStreamSynchronize", (void *))                                         \
     X(host_function, "cuLaunchHostFunc", (void *, void (*)(void *), void *))                       \
     X(begin_capture, "cuStreamBeginCapture_v2", (void *, int))                                     \
+    X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", (int *))                         \
     X(end_capture, "cuStreamEndCapture", (void *, void **))                                        \
     X(instantiate, "cuGraphInstantiateWithFlags", (void **, void *, unsigned long long))           \
     X(graph_launch, "cuGraphLaunch", (void *, void *))                                             \

@@ -93,7 +93,7 @@ DEFECTS = [
         "a DLPack capsule's deleter forgets the export",
         "pyvmm/_dlpack.pyx",
         replaces("    vmm_unpin(export.pin)\n", "    pass\n"),
-        PY.format("test_exports.py"),
+        PY.format("test_exports.py::test_consumed_capsule_pins_until_it_is_deleted"),
     ),
     Defect(
         "twice",
@@ -214,7 +214,7 @@ DEFECTS = [
             "vmm_status waited = DRIVER(pool, tensor_calls, stream_synchronize, stream);",
             "vmm_status waited = VMM_OK;\n    (void)stream;",
         ),
-        C.format("test_streams"),
+        C.format("test_strided"),
     ),
     # ---- captures, contexts -----------------------------------------------------------------
     Defect(
