@@ -34,19 +34,19 @@ WATCH = b"""
                       .param .u32 p_expected)
 {
     .reg .pred %done, %wrong, %again;
-    .reg .b32 %value, %expected, %tid, %ctaid, %ntid, %nctaid, %first, %all;
+    .reg .b32 %value, %expected, %thread, %group, %size, %groups, %first, %all;
     .reg .b64 %data, %n, %ns, %out, %start, %now, %i, %step, %at;
     ld.param.u64 %data, [p_data];
     ld.param.u64 %n, [p_n];
     ld.param.u64 %ns, [p_ns];
     ld.param.u64 %out, [p_out];
     ld.param.u32 %expected, [p_expected];
-    mov.u32 %tid, %tid.x;
-    mov.u32 %ctaid, %ctaid.x;
-    mov.u32 %ntid, %ntid.x;
-    mov.u32 %nctaid, %nctaid.x;
-    mad.lo.u32 %first, %ctaid, %ntid, %tid;
-    mul.lo.u32 %all, %ntid, %nctaid;
+    mov.u32 %thread, %tid.x;
+    mov.u32 %group, %ctaid.x;
+    mov.u32 %size, %ntid.x;
+    mov.u32 %groups, %nctaid.x;
+    mad.lo.u32 %first, %group, %size, %thread;
+    mul.lo.u32 %all, %size, %groups;
     cvt.u64.u32 %step, %all;
     mov.u64 %start, %globaltimer;
 ROUND:
@@ -81,20 +81,24 @@ def load_watch():
 
 
 class KernelWatcher:
-    """Reads the tensor on the stream from now on, for SECONDS."""
+    """Reads a tensor on a stream for SECONDS from start() on. Making it waits for the device,
+    starting it does not."""
 
     function = None
 
-    def __init__(self, tensor, stream, expected=OLD):
+    def __init__(self, tensor, expected=OLD):
         KernelWatcher.function = KernelWatcher.function or load_watch()
-        self.stream = stream
+        self.tensor, self.expected = tensor, expected
         self.out = cuda_helper.DeviceArray(np.zeros(2, "uint32"))
+
+    def start(self, stream):
+        self.stream, tensor = stream, self.tensor
         arguments = [
             ctypes.c_uint64(tensor.ptr),
             ctypes.c_uint64(math.prod(tensor.shape)),
             ctypes.c_uint64(int(SECONDS * 1e9)),
             ctypes.c_uint64(self.out.pointer),
-            ctypes.c_uint32(expected),
+            ctypes.c_uint32(self.expected),
         ]
         pointers = (ctypes.c_void_p * 5)(*(ctypes.addressof(a) for a in arguments))
         shape = (*map(ctypes.c_uint, (BLOCKS, 1, 1, THREADS, 1, 1, 0)),)
@@ -102,6 +106,7 @@ class KernelWatcher:
             cuda_helper.call(
                 "cuLaunchKernel", self.function, *shape, stream.handle, pointers, None
             )
+        return self
 
     def is_running(self):
         return not self.stream.is_done()
@@ -115,15 +120,19 @@ class KernelWatcher:
 
 
 class CopyWatcher:
-    """Copies the tensor on the stream once the timer opens the gate."""
+    """Copies it once a timer opens the gate."""
 
-    def __init__(self, tensor, stream, expected=OLD):
-        self.stream, self.expected = stream, expected
-        self.gate = cuda_helper.Gate(stream)
+    def __init__(self, tensor, expected=OLD):
+        self.tensor, self.expected = tensor, expected
         self.out = cuda_helper.DeviceArray(np.zeros(tensor.shape, "uint32"))
-        self.out.copy_from(tensor.ptr, stream)
+
+    def start(self, stream):
+        self.stream = stream
+        self.gate = cuda_helper.Gate(stream)
+        self.out.copy_from(self.tensor.ptr, stream)
         self.timer = threading.Timer(SECONDS, self.gate.open)
         self.timer.start()
+        return self
 
     def is_running(self):
         return not self.stream.is_done()
@@ -188,7 +197,7 @@ def test_blocks_wanted_by_another_tensor(cuda, make_pool, block, rows, stream, h
     t.append(rows(4, OLD))
     new = rows(3, NEW)
     cuda_helper.synchronize()
-    watcher = Watcher(t, stream)
+    watcher = Watcher(t).start(stream)
     give_up(t, how)
     assert watcher.is_running()
     other.append(new)
@@ -209,7 +218,7 @@ def test_other_memory_is_taken_at_once(cuda, make_pool, block, rows, stream, how
     t.append(rows(4, OLD))
     new = rows(3, NEW)
     cuda_helper.synchronize()
-    watcher = Watcher(t, stream)
+    watcher = Watcher(t).start(stream)
     give_up(t, how)
     other.append(new)
     pool.trim()  # without waiting: what is in flight stays
@@ -229,7 +238,7 @@ def test_trim_waits_when_it_is_told_to(cuda, make_pool, block, rows, stream):
     t = make(pool, block)
     t.append(rows(4, OLD))
     cuda_helper.synchronize()
-    watcher = Watcher(t, stream)
+    watcher = Watcher(t).start(stream)
     t.close()
     assert watcher.is_running()
     pool.trim(wait=True)
@@ -246,7 +255,7 @@ def test_rows_replaced_under_a_reader(cuda, make_pool, block, rows, stream):
     t.append(rows(4, OLD))
     new = rows(4, NEW)
     cuda_helper.synchronize()
-    watcher = Watcher(t, stream)
+    watcher = Watcher(t).start(stream)
     t.truncate(0, stream=int(stream))
     t.append(new, stream=int(writer))
     assert watcher.is_running()
@@ -264,7 +273,7 @@ def test_trimmed_and_grown_again(cuda, make_pool, block, rows, stream):
     t = make(pool, block)
     t.append(rows(4, OLD))
     cuda_helper.synchronize()
-    watcher = Watcher(t, stream)
+    watcher = Watcher(t).start(stream)
     t.truncate(t.length // 4)
     t.trim()
     t.map(4 * t.length)
@@ -280,17 +289,20 @@ def test_many_readers_and_tensors(cuda, make_pool, block, rows, streams):
     blocks go round among the tensors that follow."""
     pool = make_pool(max_bytes=6 * block)
     contents = {value: rows(2, value) for value in (0x11111111, 0x22222222, 0x33333333)}
+    new = rows(6, NEW)
     for _ in range(2):
-        watchers = []
-        for stream, (value, x) in zip(streams, contents.items(), strict=True):
-            t = make(pool, block)
-            t.append(x)
-            cuda_helper.call("cuStreamSynchronize", ctypes.c_void_p(1))
-            watchers.append(Watcher(t, stream, value))
-            t.close()
+        tensors = [make(pool, block) for _ in contents]
+        pyvmm.append_many(tensors, list(contents.values()))
+        cuda_helper.synchronize()
+        pairs = zip(tensors, contents, strict=True)
+        watchers = [Watcher(t, value) for t, value in pairs]
+        for watcher, stream in zip(watchers, streams, strict=True):
+            watcher.start(stream)
+            watcher.tensor.close()
         assert held(pool) == {"queued": 6 * block}
+        assert all(watcher.is_running() for watcher in watchers)
         last = make(pool, block)
-        last.append(rows(6, NEW))
+        last.append(new)
         assert not any(watcher.is_running() for watcher in watchers)
         for watcher in watchers:
             watcher.check()
