@@ -103,9 +103,7 @@ class KernelWatcher:
         pointers = (ctypes.c_void_p * 5)(*(ctypes.addressof(a) for a in arguments))
         shape = (*map(ctypes.c_uint, (BLOCKS, 1, 1, THREADS, 1, 1, 0)),)
         with cuda_helper.context():
-            cuda_helper.call(
-                "cuLaunchKernel", self.function, *shape, stream.handle, pointers, None
-            )
+            cuda_helper.call("cuLaunchKernel", self.function, *shape, stream.handle, pointers, None)
         return self
 
     def is_running(self):
