@@ -52,24 +52,27 @@ conformance() {
     echo "-- $(grep -vc -e '^#' -e '^$' "$out/conformance-$slug.txt") probes answered"
     python3 -m pytest -q -rfE tests/python/test_conformance.py
 }
-LINES_SHOWN=4 step conformance 90 conformance
+LINES_SHOWN=4 step conformance 150 conformance
 
+# Each with the kernels that this driver loads, and with the PTX that CUDA 12 drivers load.
 c_tests() {
-    local test name passed=0 skipped=0 failed=0
+    local test name form passed=0 skipped=0 failed=0
     for test in tests/c/test_*.c; do
-        name=$(basename "$test" .c)
         grep -q 'main(int argc' "$test" || continue
-        timeout 90 "build/tests/c/$name" cuda:0
-        case $? in
-        0) echo "pass $name" && passed=$((passed + 1)) ;;
-        77) echo "skip $name" && skipped=$((skipped + 1)) ;;
-        *) echo "FAIL $name" && failed=$((failed + 1)) ;;
-        esac
+        for form in 0 1; do
+            name="$(basename "$test" .c), VMM_FORCE_PTX=$form"
+            VMM_FORCE_PTX=$form timeout 90 "build/tests/c/$(basename "$test" .c)" cuda:0
+            case $? in
+            0) echo "pass $name" && passed=$((passed + 1)) ;;
+            77) echo "skip $name" && skipped=$((skipped + 1)) ;;
+            *) echo "FAIL $name" && failed=$((failed + 1)) ;;
+            esac
+        done
     done
     echo "-- $passed passed, $failed failed, $skipped skipped on the GPU"
     return $((failed > 0))
 }
-step c-tests 120 c_tests
+step c-tests 150 c_tests
 
 # Each module in a process of its own, as frameworks do not always bear one another.
 reliability() {

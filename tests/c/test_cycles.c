@@ -78,7 +78,8 @@ int main(int argc, char **argv) {
     size_t now = resident_bytes();
     /* The simulated driver keeps a word for every handle that there was. */
     if (now > resident + 2 * MIB)
-        FAIL("%zu bytes resident after %d cycles, %zu after %d", now, N_CYCLES, resident, N_WARM_UP);
+        FAIL("%zu bytes resident after %d cycles, %zu after %d", now, N_CYCLES, resident,
+             N_WARM_UP);
     device_free(&f, (void *)(uintptr_t)source.data);
     fixture_close(&f);
     return 0;

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build/defects"
 COPIED = ("Makefile", "pyproject.toml", "setup.py", "_build_backend.py", "libvmm", "pyvmm", "tests")
 PAGE = ROOT / "docs/RELIABILITY.md"
-BEGIN, END = "<!-- planted-defects: begin -->", "<!-- planted-defects: end -->"
+BEGIN, END = "<!-- defects: generated -->", "<!-- defects: end -->"
 TIMEOUT_S = 180
 SKIPPED = 77
 
@@ -177,7 +177,7 @@ def write_page(rows):
     _, ended, tail = rest.partition(END)
     if not found or not ended:
         sys.exit(f"{PAGE} has no lines {BEGIN} and {END} to write between")
-    PAGE.write_text(f"{head}{BEGIN}\n{table(rows)}\n{END}{tail}")
+    PAGE.write_text(f"{head}{BEGIN}\n\n{table(rows)}\n\n{END}{tail}")
     print(f"written: {PAGE.relative_to(ROOT)}")
 
 
