@@ -13,7 +13,7 @@
  *   - use of a stream, event, graph or module after its end, and of handles that never were:
  *     the driver follows the pointer
  *   - unmapping what a running kernel touches, and unordered access from two streams: the
- *     outcome depends on timing (the simulator reports both, tests/c/test_sim_strict.c)
+ *     outcome depends on timing (the simulator reports both, tests/c/test_sim_work.c)
  *   - the host reading device memory: a fault there, memory on the simulator
  *   - destroying the primary context while others may use it
  *   - a stream of another device's context: needs two
