@@ -12,7 +12,7 @@ from support import held, state, to_numpy
 
 ROW = 1 << 16  # bytes
 CAPACITY = 1 << 24  # rows: 1 TiB, more than there is
-NOISE = 64 << 20  # what the driver may keep for itself
+NOISE = 256 << 20  # what the driver may keep for itself
 
 
 def make(pool, **arguments):
@@ -55,7 +55,7 @@ def test_recovery(full_device, pools, block_size):
     small, large = make(pool), make(pool, block_size=block_size)
     small.append(x)
     assert fill(large) >= 18
-    assert cuda_helper.free_bytes() < 32 * ROW + NOISE
+    assert cuda_helper.free_bytes() < 2 * NOISE
     large.grow(1)
     kept = state(small)
     for grow in (lambda: large.map(large.mapped + 1), lambda: small.map(large.mapped)):
