@@ -55,7 +55,7 @@ endif
 
 .DELETE_ON_ERROR:
 .PHONY: all help install venv demo demo-llm test test-inplace test-programs inplace lint format \
-        planted-defects ptx dist bench-c clean check-cc check-cxx check-python check-venv FORCE
+        ptx dist bench-c clean check-cc check-cxx check-python check-venv FORCE
 
 all: build/libvmm.so
 
@@ -68,10 +68,10 @@ help:
 	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
-	@echo 'make planted-defects  plant defects in a copy, one at a time: a test must notice each;'
-	@echo '                  the table goes into docs/RELIABILITY.md'
 	@echo 'make lint         clang-format, ruff, cython-lint, mypy, warnings; make format mends'
 	@echo 'make dist         dist/: an sdist, and a wheel that needs no compiler'
+	@echo 'make planted-defects  plants defects in a copy, one at a time: a test must notice each;'
+	@echo '                  the table goes into docs/RELIABILITY.md'
 	@echo 'make bench-c      the C benchmarks; ARGS="cuda:0 --out FOLDER"'
 	@echo 'make ptx          regenerate libvmm/src/append.ptx (needs nvcc 13.0.88)'
 	@echo 'make venv, clean  the virtual environment alone; remove what was built'
@@ -248,16 +248,17 @@ test-inplace: inplace
 	@$(TEST_PROGRAMS)
 	@$(PYTHON) tests/run_tests.py
 
-# Each defect is planted in a copy of its own, build/defects; DEFECTS="NAME ..." for some.
-planted-defects: venv $(call have,test)
-	@$(VENV_PYTHON) tests/defects/plant.py $(or $(DEFECTS),--write)
-
 build/benchmarks/%: benchmarks/%.c build/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
 
 bench-c: $(C_BENCHES)
 	@for bench in $(C_BENCHES); do echo "== $$bench"; $$bench $(ARGS) || exit 1; done
+
+# Each defect is planted in a copy of its own, build/defects; DEFECTS="NAME ..." for some.
+.PHONY: planted-defects
+planted-defects: venv $(call have,test)
+	@$(VENV_PYTHON) tests/defects/plant.py $(or $(DEFECTS),--write)
 
 -include $(wildcard build/obj/*.d build/tests/c/*.d build/benchmarks/*.d)
 
