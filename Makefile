@@ -71,6 +71,8 @@ help:
 	@echo 'make reliability  what docs/RELIABILITY.md shows of the sweeps, anew'
 	@echo 'make lint         clang-format, ruff, cython-lint, mypy, warnings; make format mends'
 	@echo 'make dist         dist/: an sdist, and a wheel that needs no compiler'
+	@echo 'make planted-defects  plants defects in a copy, one at a time: a test must notice each;'
+	@echo '                  the table goes into docs/RELIABILITY.md'
 	@echo 'make bench-c      the C benchmarks; ARGS="cuda:0 --out FOLDER"'
 	@echo 'make ptx          regenerate libvmm/src/append.ptx (needs nvcc 13.0.88)'
 	@echo 'make venv, clean  the virtual environment alone; remove what was built'
@@ -257,6 +259,11 @@ build/benchmarks/%: benchmarks/%.c build/libvmm.so
 
 bench-c: $(C_BENCHES)
 	@for bench in $(C_BENCHES); do echo "== $$bench"; $$bench $(ARGS) || exit 1; done
+
+# Each defect is planted in a copy of its own, build/defects; DEFECTS="NAME ..." for some.
+.PHONY: planted-defects
+planted-defects: venv $(call have,test)
+	@$(VENV_PYTHON) tests/defects/plant.py $(or $(DEFECTS),--write)
 
 -include $(wildcard build/obj/*.d build/tests/c/*.d build/benchmarks/*.d)
 

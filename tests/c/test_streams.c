@@ -308,6 +308,36 @@ static void test_capture(const fixture *f, int mode) {
     CHECK_CUDA(cuda()->stream_destroy(outside));
 }
 
+/* The append's own stream is asked whether it is captured: queued memory then stays queued,
+ * also for a program that does not say that it captures. */
+static void test_capture_without_brackets(const fixture *f) {
+    fixture own = *f;
+    vmm_spec spec = make_spec(6 * f->granularity_bytes / ROW_BYTES);
+    void *stream = new_stream(), *graph;
+    vmm_pool_stats stats;
+
+    CHECK_OK(vmm_pool_create(f->device, f->granularity_bytes, 0, &own.pool));
+    model m = model_open(&own, &spec), closed = model_open(&own, &spec);
+    rows r = new_rows(f, m.tensor, 10);
+    append_row(&closed, &r, 0, stream);
+    append_row(&m, &r, 0, stream);
+    CHECK_CUDA(cuda()->stream_synchronize(stream));
+    free(closed.numbers);
+    CHECK_OK(vmm_close(closed.tensor));
+    model_grow(&m, vmm_mapped(m.tensor) - m.length, false);
+    CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
+    append_row(&m, &r, 1, stream);
+    CHECK_CUDA(cuda()->end_capture(stream, &graph));
+    CHECK_OK(vmm_pool_statistics(own.pool, &stats));
+    CHECK_SIZE(stats.driver_calls[VMM_CALL_fence], 0);
+    CHECK_SIZE(stats.queued_bytes, f->granularity_bytes);
+    CHECK_CUDA(cuda()->graph_destroy(graph));
+    free_rows(f, &r);
+    model_close(&m);
+    CHECK_OK(vmm_pool_close(own.pool));
+    CHECK_CUDA(cuda()->stream_destroy(stream));
+}
+
 static void test_host(const fixture *f) {
     vmm_spec spec = make_spec(100);
     model m = model_open(f, &spec);
@@ -340,6 +370,7 @@ int main(int argc, char **argv) {
         test_done_events(&f);
         test_capture(&f, CUDA_CAPTURE_GLOBAL);
         test_capture(&f, CUDA_CAPTURE_THREAD_LOCAL);
+        test_capture_without_brackets(&f);
     } else {
         test_host(&f);
     }

@@ -62,6 +62,14 @@ def synchronize():
         call("cuCtxSynchronize")
 
 
+def free_bytes():
+    """Device memory that nobody holds, of this process or another."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    with context():
+        call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    return free.value
+
+
 class Stream:
     """A stream; `int(stream)` is its handle. Lives until close()."""
 
