@@ -198,7 +198,7 @@ class Machine(RuleBasedStateMachine):
         self.dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         self.block = smallest_block(self.device)
         self.pools, self.tensors, self.given_up = [], [], 0
-        self.arrays, self.seed = [], 0
+        self.arrays, self.seed, self.next_capture = [], 0, 0
         self.unraisable, self.hook = [], sys.unraisablehook
         sys.unraisablehook = self.unraisable.append
         if SIMULATED:
@@ -387,9 +387,11 @@ class Machine(RuleBasedStateMachine):
 
         home.pool.on_oom(callback)
 
+    @precondition(lambda self: self.is_capturing() or self.seed >= self.next_capture)
     @step(n=picks)
     def capture(self, n):
         home = self.home(n)
+        self.next_capture = self.seed + 3  # that not every other step is this one
         if home.captures:
             home.pool.capture_end()
             home.captures -= 1
@@ -496,7 +498,7 @@ class Machine(RuleBasedStateMachine):
 
     # ---- growing ----------------------------------------------------------------------
 
-    def grow_by(self, tracked, x, operation, fault, others=(), **refusals):
+    def grow_by(self, tracked, x, operation, fault, **refusals):
         """Grow tensor and model, unless the capacity, a budget or a failure forbids."""
         n = x.shape[self.axis]
         grown, result = self.attempt(

@@ -326,6 +326,21 @@ def test_weak_references(empty):
 # ---- signals ------------------------------------------------------------------------
 
 
+def signalled(code, number):
+    """The exit status and stderr of a program that gets a signal once it has said "ready"."""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        process.stdin.close()
+        return process.wait(60), process.stderr.read()
+
+
 def test_interrupt_is_raised_once(device):
     """SIGINT from outside in a long loop of appends: one KeyboardInterrupt, whole rows."""
     code = f"""DEVICE = {device!r}\n{PREPARE}
@@ -347,16 +362,7 @@ assert n_interrupts == 1 and u.length % 7 == 0
 u.append(x)
 u.close()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        assert (process.wait(60), process.stderr.read()) == (0, "")
+    assert signalled(code, signal.SIGINT) == (0, "")
 
 
 def test_interrupt_between_appends(device):
@@ -392,18 +398,7 @@ u.close()
 def test_termination_is_by_the_signal(device):
     """SIGTERM ends the process as it ends any other."""
     code = f"DEVICE = {device!r}\n{PREPARE}\nprint('ready', flush=True)\nsys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
-        process.stdin.close()
-        assert process.wait(60) == -signal.SIGTERM
-        assert process.stderr.read() == ""
+    assert signalled(code, signal.SIGTERM) == (-signal.SIGTERM, "")
 
 
 def test_signal_handlers_are_left_alone(device, empty):
