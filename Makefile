@@ -54,8 +54,8 @@ $(error libvmm and pyvmm are built on Linux only; this is $(shell uname -s))
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: all help install venv demo demo-llm test test-inplace test-programs inplace lint format \
-        ptx dist bench-c reliability clean check-cc check-cxx check-python check-venv FORCE
+.PHONY: all help install venv demo demo-llm test soak test-inplace test-programs inplace lint \
+        format ptx dist bench-c reliability clean check-cc check-cxx check-python check-venv FORCE
 
 all: build/libvmm.so
 
@@ -66,6 +66,7 @@ help:
 	@echo 'make demo-llm     the same for a real model (downloads a few hundred MB)'
 	@echo 'make test         all C and Python tests that this machine can run;'
 	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
+	@echo 'make soak         100 000 random operations with failing driver calls, half an hour'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
 	@echo 'make reliability  what docs/RELIABILITY.md shows of the sweeps, anew'
@@ -244,6 +245,11 @@ test: venv $(call have,test) $(foreach name,$(WITH),$(call have,$(name)))
 	@$(IN_VENV)
 	@$(TEST_PROGRAMS)
 	@$(VENV_PYTHON) tests/run_tests.py
+
+soak: venv $(call have,test)
+	@$(IN_VENV)
+	@$(TEST_PROGRAMS)
+	@$(VENV_PYTHON) tests/python/soak.py
 
 test-inplace: inplace
 	@$(TEST_PROGRAMS)

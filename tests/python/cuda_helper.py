@@ -154,8 +154,9 @@ class DeviceArray:
     def __init__(self, array):
         self.shape, self.strides, self.dtype = array.shape, array.strides, array.dtype
         self._memory = ctypes.c_void_p()
+        self.n_bytes = max(array.nbytes, 1)
         with context():
-            call("cuMemAlloc_v2", ctypes.byref(self._memory), ctypes.c_size_t(max(array.nbytes, 1)))
+            call("cuMemAlloc_v2", ctypes.byref(self._memory), ctypes.c_size_t(self.n_bytes))
         self.pointer = self._memory.value
         self.set(array)
 
