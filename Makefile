@@ -249,9 +249,11 @@ test: venv $(call have,test) $(foreach name,$(WITH),$(call have,$(name)))
 	@$(VENV_PYTHON) tests/run_tests.py
 
 # Whole models of other libraries: what takes too long, and installs too much, for `make test`.
+# Each file in a process of its own, since frameworks do not always bear one another.
 test-frameworks: venv $(call have,test) $(call have,transformers)
 	@$(IN_VENV)
-	$(VENV_PYTHON) -m pytest -q -m frameworks tests/python
+	@for file in $$(grep -l 'mark\.frameworks' tests/python/test_*.py); do \
+	  $(VENV_PYTHON) -m pytest -q -m frameworks $$file || exit 1; done
 
 soak: venv $(call have,test)
 	@$(IN_VENV)
