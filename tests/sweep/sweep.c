@@ -70,7 +70,7 @@ void fault_check_error(const fault *fault, const char *call, vmm_status status, 
         FAIL("the error is %d of %s: %s", error->driver_code, error->operation, error->message);
     /* Where several fail, one that the operation could do without may have been the first. These
      * it could not, and what failed while they were undone must not hide them. */
-    static const char *const needed[] = {"cuMemMap", "cuMemSetAccess", "cuLaunchKernel",
+    static const char *const needed[] = {"cuMemMap",          "cuMemSetAccess",  "cuLaunchKernel",
                                          "cuMemcpyHtoDAsync", "cuMemsetD8Async", "mprotect"};
     bool is_needed = fault->times == 1;
     for (size_t i = 0; i < LENGTH_OF(needed) && !(flags & (CLOSES | FENCES)); i++)
