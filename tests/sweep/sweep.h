@@ -82,7 +82,6 @@ typedef struct scene {
 /* scene.flags: what makes no difference is swept once, */
 enum {
     CUDA_ONLY = 1,
-    HOST_ONLY = 512,
     ONE_LAYOUT = 2, /* seq */
     ONE_BLOCKS = 4, /* fresh */
     ONE_SIZE = 8,   /* auto */
