@@ -346,6 +346,12 @@ static sim_space *whole_mappings(CUdeviceptr address, size_t bytes, size_t *firs
             return NULL;
         }
         at += space->map[i]->bytes;
+        if (sim_vendor_here.mappings_one_by_one && at < address + bytes) {
+            *status = sim_refuse(CUDA_ERROR_INVALID_VALUE,
+                                 "0x%llx of %zu bytes takes in several mappings: one at a time",
+                                 address, bytes);
+            return NULL;
+        }
     }
     return space;
 }
