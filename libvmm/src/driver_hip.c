@@ -151,7 +151,8 @@ static vmm_status load(void) {
     if (status)
         return status;
     hipError_t code = driver.calls.hipInit(0);
-    if (code == hipErrorNoDevice)
+    /* Without a GPU, ROCm 5 says the second. */
+    if (code == hipErrorNoDevice || code == hipErrorInvalidDevice)
         return fail(VMM_ERR_NO_DEVICE, code, "hipInit", "; device='host' works");
     if (code != hipSuccess)
         return fail(VMM_ERR_NO_DRIVER, code, "hipInit", "; device='host' works");

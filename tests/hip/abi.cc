@@ -20,6 +20,7 @@ SAME_VALUE(hipSuccess);
 SAME_VALUE(hipErrorInvalidValue);
 SAME_VALUE(hipErrorOutOfMemory);
 SAME_VALUE(hipErrorNoDevice);
+SAME_VALUE(hipErrorInvalidDevice);
 SAME_VALUE(hipErrorNoBinaryForGpu);
 SAME_VALUE(hipErrorNotReady);
 SAME_VALUE(hipErrorStreamCaptureUnsupported);

@@ -24,7 +24,7 @@ runpy.run_module("pyvmm", run_name="__main__")
 
 
 def cli(*arguments, missing=(), status=0, **environment):
-    if os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+    if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
         missing = (*missing, "torch", "cupy")  # their CUDA would find the simulated driver
     arguments = [str(argument) for argument in arguments]
     command = [sys.executable, "-m", "pyvmm", *arguments]
