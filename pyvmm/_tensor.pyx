@@ -545,8 +545,7 @@ cdef class VTensor(TensorCore):
 
         stream: of the consumer, made to wait for the last append: an integer (1 the legacy
                 default stream, 2 the per-thread one; on ROCm 0, the default stream), -1 for no
-                wait, None for the (legacy)
-                default stream. On the host None.
+                wait, None for the default stream. On the host None.
         max_version: what the consumer understands; below (1, 0) the capsule is a legacy one
         dl_device: None or this tensor's; copy: None or False
 

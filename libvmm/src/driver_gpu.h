@@ -46,6 +46,7 @@ static gpu_stream stream_of(vmm_stream stream);
 static vmm_status check_stream(const gpu_device *device, gpu_stream stream);
 static vmm_status is_exportable(const gpu_device *device, int *out);
 static vmm_status record_fence(const gpu_device *device, gpu_event event);
+static bool fence_waits(void *state);
 
 static void after_fork_in_child(void) {
     pthread_mutex_init(&driver.lock, NULL);
@@ -543,6 +544,6 @@ static vmm_status gpu_fence(void *state, driver_event event) {
     .stream_synchronize = gpu_stream_synchronize, .event_create = gpu_event_create,                \
     .event_destroy = gpu_event_destroy, .event_record = gpu_event_record,                          \
     .event_wait = gpu_event_wait, .event_query = gpu_event_query,                                  \
-    .event_synchronize = gpu_event_synchronize, .fence = gpu_fence
+    .event_synchronize = gpu_event_synchronize, .fence = gpu_fence, .fence_waits = fence_waits
 
 #endif /* VMM_DRIVER_GPU_H */

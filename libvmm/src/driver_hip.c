@@ -270,4 +270,9 @@ static vmm_status record_fence(const gpu_device *device, hipEvent_t event) {
     return record_waited_fence(event);
 }
 
+static bool fence_waits(void *state) {
+    (void)state;
+    return true;
+}
+
 const driver_ops driver_hip_ops = {.kind = VMM_DEVICE_HIP, .access_by_block = true, GPU_DRIVER_OPS};

@@ -22,6 +22,7 @@ if IS_HIP:
 else:
     LIBRARY = os.environ.get("VMM_CUDA_LIBRARY") or "libcuda.so.1"
 NAME = "hip:0" if IS_HIP else "cuda:0"
+DLPACK_TYPE = dlpack_struct.ROCM if IS_HIP else dlpack_struct.CUDA
 DEFAULT_STREAM = 0 if IS_HIP else 1  # as DLPack names it
 # What HIP calls by another name than CUDA's with "hip" before it.
 HIP_NAMES = {
@@ -243,7 +244,7 @@ class CapsuleArray(DeviceArray):
 
     def __init__(self, array):
         super().__init__(array)
-        device = (dlpack_struct.ROCM if IS_HIP else dlpack_struct.CUDA, 0)
+        device = (DLPACK_TYPE, 0)
         self.producer = dlpack_struct.Producer(
             self.pointer, self.shape, self.strides, self.dtype, device
         )
