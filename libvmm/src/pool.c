@@ -365,7 +365,7 @@ void pool_drain(vmm_pool *pool) {
      * was free for it. What the driver refuses is parked and no news. */
     while (__atomic_load_n(&pool->has_news, __ATOMIC_ACQUIRE) &&
            pthread_mutex_trylock(&pool->work) == 0) {
-        pool_work work = {pool, NULL, VMM_STREAM_NONE};
+        pool_work work = {pool, NULL, VMM_STREAM_NONE, false};
         __atomic_store_n(&pool->has_news, false, __ATOMIC_RELEASE);
         vmm_undo_begin();
         reclaim_covered(&work, false);
