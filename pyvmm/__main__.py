@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def demo(options: argparse.Namespace) -> int:
 
 def info() -> int:
     found: list[Mapping[str, Any]] = [pyvmm.device_info("host")]
-    drivers, notes = [("host", "yes")], []
+    drivers: list[Sequence[str]] = [("host", "yes")]
+    notes: list[str] = []
     for kind in ("cuda", "hip"):
         devices, missing = find_devices(kind)
         found += devices

@@ -7,9 +7,9 @@ others run once. Devices: host; cuda:0 and hip:0 by the simulated driver; cuda:0
 one.
 
 Python tests run by pytest, on the host and the real GPU, then against the simulated
-driver under CUDA's names and under HIP's; skips are told in a line for each reason. The hand-off to each framework has a
-process of its own, since frameworks do not always bear one another; they run where memory
-is what it says, so not on the simulator.
+driver under CUDA's names and under HIP's; skips are told in a line for each reason. The
+hand-off to each framework has a process of its own, since frameworks do not always bear one
+another; they run where memory is what it says, so not on the simulator.
 """
 
 import os
@@ -25,7 +25,13 @@ SIMULATOR = ROOT / "build/sim/libcuda.so.1"
 HIP_SIMULATOR = ROOT / "build/sim/libamdhip64.so"
 TIMEOUT_S = 600
 # Nothing in these depends on a device.
-DEVICELESS = ("test_conformance.py", "test_hip.py", "test_packaging.py", "test_ptx.py")
+DEVICELESS = (
+    "test_conformance.py",
+    "test_hip.py",
+    "test_packaging.py",
+    "test_ptx.py",
+    "test_typing.py",
+)
 OURS = ("VMM_CUDA_LIBRARY", "VMM_HIP_LIBRARY", "VMM_HIP_KERNELS", "PYVMM_TEST_DEVICE")
 
 GPU_PROBE = """

@@ -310,13 +310,12 @@ static vmm_status reclaim(pool_work *work, bool wait) {
     if (pool->fence) {
         first = settle_fence(work, wait);
     }
-    bool waits = pool->device->ops->fence_waits(pool->device->state);
-    if (!first && !pool->fence && (wait || !waits) && needs_fence(pool)) {
+    if (!first && !pool->fence && needs_fence(pool)) {
         if (!may_fence(work)) {
             first = vmm_fail(VMM_ERR_CAPTURING, "fence",
                              "queued memory can only be had behind a fence, and a stream is "
                              "being captured");
-        } else {
+        } else if (wait || !pool->device->ops->fence_waits(pool->device->state)) {
             first = record_fence(work);
             if (!first)
                 first = settle_fence(work, wait);

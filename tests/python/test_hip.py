@@ -119,8 +119,6 @@ vmm.vmm_last_error.restype = ctypes.POINTER(Error)
 print(vmm.vmm_status_name(status).decode(), vmm.vmm_last_error().contents.message.decode())
 """
     clean = {k: v for k, v in os.environ.items() if k != "VMM_HIP_KERNELS"}
-    said = run(
-        sys.executable, "-c", program, env={**clean, "VMM_HIP_LIBRARY": str(SIMULATOR)}
-    )
+    said = run(sys.executable, "-c", program, env={**clean, "VMM_HIP_LIBRARY": str(SIMULATOR)})
     assert said.startswith("VMM_ERR_UNSUPPORTED libvmm was built without a HIP compiler")
     assert "VMM_HIP_KERNELS" in said
