@@ -119,8 +119,8 @@ typedef struct cuda_api {
             FAIL("%s returned %d", #call, code_);                                                  \
     } while (0)
 
-/* Whether the test's GPU is AMD's; fixture_open() finds out. */
-static bool is_hip;
+/* Whether the test's GPU is AMD's; fixture_open() finds out. One for all files of a program. */
+__attribute__((weak)) bool is_hip;
 
 static inline void *cuda_library(void) {
     static void *library;

@@ -136,7 +136,7 @@ static CUresult injected(sim_call call) {
         if (r->times > 0)
             r->times--;
         if (r->call == ANY_CALL && !first_failed)
-            first_failed = calls[call].name;
+            first_failed = sim_call_name(call);
         if (status == CUDA_SUCCESS)
             status = r->code;
     }
