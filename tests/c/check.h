@@ -80,6 +80,7 @@ typedef unsigned long long cu_pointer;
     X(set_current, "cuCtxSetCurrent", NULL, (void *))                                              \
     X(get_current, "cuCtxGetCurrent", NULL, (void **))                                             \
     X(synchronize, "cuCtxSynchronize", "hipDeviceSynchronize", (void))                             \
+    X(memory_info, "cuMemGetInfo_v2", "hipMemGetInfo", (size_t *, size_t *))                       \
     X(alloc, "cuMemAlloc_v2", "hipMalloc", (cu_pointer *, size_t))                                 \
     X(free, "cuMemFree_v2", "hipFree", (cu_pointer))                                               \
     X(to_host, "cuMemcpyDtoH_v2", "hipMemcpyDtoH", (void *, cu_pointer, size_t))                   \
@@ -95,6 +96,8 @@ typedef unsigned long long cu_pointer;
     X(stream_synchronize, "cuStreamSynchronize", "hipStreamSynchronize", (void *))                 \
     X(host_function, "cuLaunchHostFunc", "hipLaunchHostFunc", (void *, void (*)(void *), void *))  \
     X(begin_capture, "cuStreamBeginCapture_v2", "hipStreamBeginCapture", (void *, int))            \
+    X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode",                                  \
+      "hipThreadExchangeStreamCaptureMode", (int *))                                               \
     X(end_capture, "cuStreamEndCapture", "hipStreamEndCapture", (void *, void **))                 \
     X(instantiate, "cuGraphInstantiateWithFlags", "hipGraphInstantiateWithFlags",                  \
       (void **, void *, unsigned long long))                                                       \

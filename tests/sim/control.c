@@ -157,7 +157,8 @@ static CUresult allowed(sim_call call) {
         return sim.poison;
     if ((flags & SIM_CONTEXT) && !sim_current())
         return sim_refuse(CUDA_ERROR_INVALID_CONTEXT, "no context is current in this thread");
-    return flags & SIM_UNSAFE ? sim_capture_unsafe() : CUDA_SUCCESS;
+    return flags & (SIM_UNSAFE | SIM_DOUBTFUL) ? sim_capture_unsafe(flags & SIM_UNSAFE)
+                                               : CUDA_SUCCESS;
 }
 
 CUresult sim_enter(sim_call call) {
@@ -166,8 +167,11 @@ CUresult sim_enter(sim_call call) {
     /* Before the lock: in a forked child no one may be left to release it. */
     if (!always && sim.process && sim.process != getpid())
         return sim_refuse(CUDA_ERROR_NOT_INITIALIZED, "called in a forked child");
-    if (!always && sim_in_callback())
-        return sim_refuse(CUDA_ERROR_NOT_PERMITTED, "called inside a host callback");
+    if (!always && sim_in_callback()) {
+        sim_refuse(CUDA_ERROR_NOT_PERMITTED, "called inside a host callback");
+        if (call != SIM_cuEventQuery) /* the driver answers it, whatever its manual says */
+            return CUDA_ERROR_NOT_PERMITTED;
+    }
     pthread_mutex_lock(&sim.lock);
     counts[call]++;
     CUresult status = injected(call);

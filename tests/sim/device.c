@@ -239,7 +239,7 @@ CUresult cuCtxPushCurrent_v2(CUcontext context) {
     CUresult status = sim_enter(SIM_cuCtxPushCurrent);
     if (status)
         return status;
-    status = check_handle(context);
+    status = context ? check_handle(context) : sim_refuse(CUDA_ERROR_INVALID_VALUE, "no context");
     if (status == CUDA_SUCCESS && depth == STACK_DEPTH)
         status = sim_refuse(CUDA_ERROR_INVALID_CONTEXT, "%d contexts pushed: is a pop missing?",
                             STACK_DEPTH);

@@ -191,7 +191,7 @@ static CUresult find(const char *name, void **out, int version, uint64_t flags, 
     }
     if (found)
         *found = state;
-    return *out || found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+    return CUDA_SUCCESS;
 }
 
 CUresult cuGetProcAddress_v2(const char *symbol, void **out, int version, uint64_t flags,
@@ -201,7 +201,8 @@ CUresult cuGetProcAddress_v2(const char *symbol, void **out, int version, uint64
 }
 
 CUresult cuGetProcAddress(const char *symbol, void **out, int version, uint64_t flags) {
-    return cuGetProcAddress_v2(symbol, out, version, flags, NULL);
+    CUresult status = cuGetProcAddress_v2(symbol, out, version, flags, NULL);
+    return status || *out ? status : CUDA_ERROR_NOT_FOUND;
 }
 
 /* An unknown number is answered, not refused: asking is no misuse. */

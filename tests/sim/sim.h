@@ -30,11 +30,12 @@
 
 /* ---- calls (control.c) ---------------------------------------------------------------- */
 enum {
-    SIM_EARLY = 1,   /* allowed before cuInit */
-    SIM_ALWAYS = 2,  /* changes nothing and is allowed anywhere: also forked or in a callback */
-    SIM_CONTEXT = 4, /* needs a current context */
-    SIM_UNSAFE = 8,  /* prohibited while a stream is capturing, see capture.c */
-    SIM_BRACKET = 16 /* not meant by a rule for "*" */
+    SIM_EARLY = 1,    /* allowed before cuInit */
+    SIM_ALWAYS = 2,   /* changes nothing and is allowed anywhere: also forked or in a callback */
+    SIM_CONTEXT = 4,  /* needs a current context */
+    SIM_UNSAFE = 8,   /* prohibited while a stream is capturing, see capture.c */
+    SIM_BRACKET = 16, /* not meant by a rule for "*" */
+    SIM_DOUBTFUL = 32 /* as SIM_UNSAFE by the manual; reported, but CUDA 13 allows it */
 };
 
 #define SIM_CALLS(X)                                                                               \
@@ -63,13 +64,13 @@ enum {
     X(cuThreadExchangeStreamCaptureMode, SIM_BRACKET)                                              \
     X(cuMemGetInfo, SIM_CONTEXT)                                                                   \
     X(cuMemGetAllocationGranularity, 0)                                                            \
-    X(cuMemAddressReserve, SIM_UNSAFE)                                                             \
-    X(cuMemAddressFree, SIM_UNSAFE)                                                                \
-    X(cuMemCreate, SIM_UNSAFE)                                                                     \
-    X(cuMemRelease, SIM_UNSAFE)                                                                    \
-    X(cuMemMap, SIM_UNSAFE)                                                                        \
-    X(cuMemUnmap, SIM_UNSAFE)                                                                      \
-    X(cuMemSetAccess, SIM_UNSAFE)                                                                  \
+    X(cuMemAddressReserve, SIM_DOUBTFUL)                                                           \
+    X(cuMemAddressFree, SIM_DOUBTFUL)                                                              \
+    X(cuMemCreate, SIM_DOUBTFUL)                                                                   \
+    X(cuMemRelease, SIM_DOUBTFUL)                                                                  \
+    X(cuMemMap, SIM_DOUBTFUL)                                                                      \
+    X(cuMemUnmap, SIM_DOUBTFUL)                                                                    \
+    X(cuMemSetAccess, SIM_DOUBTFUL)                                                                \
     X(cuMemGetAccess, 0)                                                                           \
     X(cuMemExportToShareableHandle, 0)                                                             \
     X(cuMemImportFromShareableHandle, SIM_UNSAFE)                                                  \
@@ -79,21 +80,21 @@ enum {
     X(cuMemFreeHost, SIM_UNSAFE)                                                                   \
     X(cuMemGetAddressRange, SIM_CONTEXT)                                                           \
     X(cuPointerGetAttribute, 0)                                                                    \
-    X(cuMemcpy, SIM_CONTEXT | SIM_UNSAFE)                                                          \
+    X(cuMemcpy, SIM_CONTEXT | SIM_DOUBTFUL)                                                        \
     X(cuMemcpyAsync, SIM_CONTEXT)                                                                  \
-    X(cuMemcpyHtoD, SIM_CONTEXT | SIM_UNSAFE)                                                      \
-    X(cuMemcpyDtoH, SIM_CONTEXT | SIM_UNSAFE)                                                      \
-    X(cuMemcpyDtoD, SIM_CONTEXT | SIM_UNSAFE)                                                      \
+    X(cuMemcpyHtoD, SIM_CONTEXT | SIM_DOUBTFUL)                                                    \
+    X(cuMemcpyDtoH, SIM_CONTEXT | SIM_DOUBTFUL)                                                    \
+    X(cuMemcpyDtoD, SIM_CONTEXT | SIM_DOUBTFUL)                                                    \
     X(cuMemcpyHtoDAsync, SIM_CONTEXT)                                                              \
     X(cuMemcpyDtoHAsync, SIM_CONTEXT)                                                              \
     X(cuMemcpyDtoDAsync, SIM_CONTEXT)                                                              \
-    X(cuMemcpy2D, SIM_CONTEXT | SIM_UNSAFE)                                                        \
+    X(cuMemcpy2D, SIM_CONTEXT | SIM_DOUBTFUL)                                                      \
     X(cuMemcpy2DAsync, SIM_CONTEXT)                                                                \
-    X(cuMemsetD8, SIM_CONTEXT | SIM_UNSAFE)                                                        \
-    X(cuMemsetD8Async, SIM_CONTEXT)                                                                \
+    X(cuMemsetD8, SIM_CONTEXT | SIM_DOUBTFUL)                                                      \
+    X(cuMemsetD8Async, 0)                                                                          \
     X(cuMemsetD2D8Async, SIM_CONTEXT)                                                              \
-    X(cuModuleLoadData, SIM_CONTEXT | SIM_UNSAFE)                                                  \
-    X(cuModuleLoadDataEx, SIM_CONTEXT | SIM_UNSAFE)                                                \
+    X(cuModuleLoadData, SIM_CONTEXT | SIM_DOUBTFUL)                                                \
+    X(cuModuleLoadDataEx, SIM_CONTEXT | SIM_DOUBTFUL)                                              \
     X(cuModuleGetFunction, SIM_CONTEXT)                                                            \
     X(cuModuleUnload, SIM_CONTEXT | SIM_UNSAFE)                                                    \
     X(cuFuncLoad, 0)                                                                               \
@@ -446,7 +447,9 @@ typedef struct sim_capture {
 } sim_capture;
 
 /* Refuse a potentially unsafe call of this thread, as its capture mode says. */
-CUresult sim_capture_unsafe(void);
+CUresult sim_capture_unsafe(bool refused);
+/* End a capture without a graph. */
+void sim_capture_drop(sim_capture *capture);
 /* Refuse use of the legacy stream while a blocking stream captures. */
 CUresult sim_capture_implicit(const sim_stream *stream);
 /* Refuse a call that makes no sense on a capturing stream. */

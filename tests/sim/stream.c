@@ -249,7 +249,7 @@ CUresult sim_enqueue(sim_stream *stream, sim_op *op) {
 
 CUresult sim_submit(sim_stream *stream, sim_op *op) {
     CUresult status = CUDA_SUCCESS;
-    if (stream->context != sim_current())
+    if (sim_current() && stream->context != sim_current())
         status = sim_refuse(CUDA_ERROR_INVALID_HANDLE,
                             "the stream belongs to device %d, the current context to device %d",
                             stream->context->device, sim_current()->device);
@@ -297,9 +297,8 @@ CUresult cuStreamDestroy_v2(CUstream handle) {
     if (!stream->created)
         return sim_leave(sim_refuse(CUDA_ERROR_INVALID_HANDLE, "a default stream"));
     if (stream->capture) {
-        sim_capture_invalidate(stream->capture);
-        return sim_leave(sim_refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
-                                    "stream %p is being captured", (void *)handle));
+        sim_refuse(CUDA_SUCCESS, "stream %p is being captured", (void *)handle);
+        sim_capture_drop(stream->capture);
     }
     stream->magic = SIM_STREAM_DEAD;
     if (stream->started)

@@ -34,6 +34,10 @@
  * Every call that manages memory, loads code, copies at once, queries or waits counts as
  * unsafe while a stream is being captured, see cuThreadExchangeStreamCaptureMode.
  *
+ * tests/conformance compares what it answers with real drivers. Where these allow what their
+ * manual prohibits or leaves open (virtual memory calls in a capture, unmapping what is not
+ * mapped), it is reported as a misuse and, under "return", done as they do it.
+ *
  * Not modelled: contexts other than the primary ones, peer access switches and copies between
  * devices, arrays and textures, memory pools (cuMemAllocAsync), managed and registered host
  * memory, streams per thread by cuGetProcAddress's flag (CU_STREAM_PER_THREAD itself is),
