@@ -40,8 +40,8 @@ LIB_OBJECTS := $(patsubst libvmm/src/%.c,build/obj/%.o,$(wildcard libvmm/src/*.c
 C_TESTS := $(patsubst tests/c/%.c,build/tests/c/%,$(wildcard tests/c/test_*.c))
 SWEEP := build/tests/sweep
 C_BENCHES := $(patsubst benchmarks/%.c,build/benchmarks/%,$(wildcard benchmarks/bench_*.c))
-SIM_SOURCES := $(wildcard tests/sim/*.c)
-SIM := $(if $(SIM_SOURCES),build/sim/libcuda.so.1)
+SIM_SOURCES := $(filter-out %/entry.c %/hip_entry.c,$(wildcard tests/sim/*.c))
+SIM := $(if $(SIM_SOURCES),build/sim/libcuda.so.1 build/sim/libamdhip64.so)
 C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu tests/*/*.[ch] benchmarks/*.[ch])
 PYX_FILES = $(wildcard pyvmm/*.pyx pyvmm/*.pxd)
 
@@ -226,10 +226,14 @@ $(SWEEP): $(wildcard tests/sweep/*.[ch]) tests/c/check.h build/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -o $@ $(filter %.c,$^) $(LINK_VMM)
 
-build/sim/libcuda.so.1: $(SIM_SOURCES) $(wildcard tests/sim/*.h libvmm/src/append.h)
+# The simulated driver, under CUDA's names and under HIP's.
+build/sim/libcuda.so.1: tests/sim/entry.c
+build/sim/libamdhip64.so: tests/sim/hip_entry.c tests/sim/hip.map libvmm/src/hip_abi.h
+build/sim/libamdhip64.so: SIM_LINK = -Wl,--version-script=tests/sim/hip.map
+$(SIM): $(SIM_SOURCES) $(wildcard tests/sim/*.h) libvmm/src/append.h
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -fvisibility=default -shared \
-	  -Wl,-soname,libcuda.so.1,-z,defs -o $@ $(SIM_SOURCES) -pthread -ldl
+	  -Wl,-soname,$(@F),-z,defs $(SIM_LINK) -o $@ $(filter %.c,$^) -pthread -ldl
 
 build/tests/conformance/probes: $(wildcard tests/conformance/*.[ch]) tests/sim/cuda_abi.h
 	@mkdir -p $(@D)

@@ -3,12 +3,13 @@
 C tests are programs, build/tests/c/test_*, each in a process of its own: exit status 0 is
 a pass, 77 a skip (the last line printed says why), anything else a failure. One that takes
 arguments (its main has argc) runs once for each device and gets the device's name; the
-others run once. Devices: host; cuda:0 by the simulated driver; cuda:0 by the real one.
+others run once. Devices: host; cuda:0 and hip:0 by the simulated driver; cuda:0 by the real
+one.
 
 Python tests run by pytest, on the host and the real GPU, then against the simulated
-driver; skips are told in a line for each reason. The hand-off to each framework has a
-process of its own, since frameworks do not always bear one another; they run where memory
-is what it says, so not on the simulator.
+driver under CUDA's names and under HIP's; skips are told in a line for each reason. The
+hand-off to each framework has a process of its own, since frameworks do not always bear one
+another; they run where memory is what it says, so not on the simulator.
 """
 
 import os
@@ -23,9 +24,17 @@ import reliability
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMULATOR = ROOT / "build/sim/libcuda.so.1"
+HIP_SIMULATOR = ROOT / "build/sim/libamdhip64.so"
 TIMEOUT_S = 600
 # Nothing in these depends on a device.
-DEVICELESS = ("test_conformance.py", "test_packaging.py", "test_ptx.py")
+DEVICELESS = (
+    "test_conformance.py",
+    "test_hip.py",
+    "test_packaging.py",
+    "test_ptx.py",
+    "test_typing.py",
+)
+OURS = ("VMM_CUDA_LIBRARY", "VMM_HIP_LIBRARY", "VMM_HIP_KERNELS", "PYVMM_TEST_DEVICE")
 
 GPU_PROBE = """
 import ctypes, sys
@@ -54,18 +63,31 @@ class Totals:
 
 def environment(**extra):
     """Ours, with no driver but the one that is asked for."""
-    clean = {
-        k: v for k, v in os.environ.items() if k not in ("VMM_CUDA_LIBRARY", "PYVMM_TEST_DEVICE")
-    }
+    clean = {k: v for k, v in os.environ.items() if k not in OURS}
     return {**clean, **extra}
+
+
+def simulated_cuda():
+    return environment(VMM_CUDA_LIBRARY=str(SIMULATOR))
+
+
+def simulated_hip():
+    """Where no compiler has made kernels for AMD GPUs, a text stands for them, which the
+    simulator knows: it runs C functions either way."""
+    extra = {}
+    if not (ROOT / "build/append.hipfb").stat().st_size:
+        print("no HIP compiler: on hip:0, simulated, a text stands for the append kernel")
+        extra["VMM_HIP_KERNELS"] = str(ROOT / "tests/sim/append.simcode")
+    return environment(VMM_HIP_LIBRARY=str(HIP_SIMULATOR), **extra)
 
 
 def find_devices():
     """(label, argument, environment) for each way to run a test that takes a device."""
     devices = [("host", "host", environment())]
     # A C test closes all that it opened: what the driver still holds at exit is a leak.
-    simulated = environment(VMM_CUDA_LIBRARY=str(SIMULATOR), VMM_SIM_CHECK_EXIT="1")
-    devices.append(("cuda:0, simulated", "cuda:0", simulated))
+    strict = {"VMM_SIM_CHECK_EXIT": "1"}
+    devices.append(("cuda:0, simulated", "cuda:0", {**simulated_cuda(), **strict}))
+    devices.append(("hip:0, simulated", "hip:0", {**simulated_hip(), **strict}))
     probe = subprocess.run([sys.executable, "-c", GPU_PROBE], capture_output=True, text=True)
     if probe.returncode == 0:
         devices.append(("cuda:0", "cuda:0", environment()))
@@ -175,16 +197,18 @@ def run_python_tests(devices):
     totals = run_pytest(real, [tests, "--ignore-glob=*/test_handoff_*"], environment())
     for path in handoffs:
         totals.add(run_pytest(path.stem, [path], environment()))
-    env = environment(VMM_CUDA_LIBRARY=str(SIMULATOR), PYVMM_TEST_DEVICE="sim")
     ignored = [f"--ignore={tests / name}" for name in DEVICELESS]
     arguments = [tests, "--ignore-glob=*/test_handoff_*", *ignored]
+    env = {**simulated_cuda(), "PYVMM_TEST_DEVICE": "sim"}
     totals.add(run_pytest("simulated cuda:0", arguments, env))
+    env = {**simulated_hip(), "PYVMM_TEST_DEVICE": "sim-hip"}
+    totals.add(run_pytest("simulated hip:0", arguments, env))
     return totals
 
 
 def main():
     sys.stdout.reconfigure(line_buffering=True)
-    if not SIMULATOR.exists():
+    if not (SIMULATOR.exists() and HIP_SIMULATOR.exists()):
         sys.exit("the simulated driver was not built: run the tests by make")
     devices = find_devices()
     c_totals = run_c_tests(devices)

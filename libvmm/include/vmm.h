@@ -174,7 +174,7 @@ typedef struct vmm_device_info {
     size_t total_bytes;       /* physical memory of the device */
     int driver_version;       /* CUDA: 13000 for 13.0; HIP: 60342134 for 6.3.42134; host: 0 */
     int exportable_handles;   /* 1 if blocks could be exported as file descriptors */
-    char kernel[32]; /* which form of the append kernel is used: "fatbin", "ptx", "hipfb", "memcpy" */
+    char kernel[32];          /* the append kernel's form: "fatbin", "ptx", "hipfb", "memcpy" */
 } vmm_device_info;
 
 /* vmm_device_query() - fill `out`. Makes a dozen driver calls; not for a hot path.

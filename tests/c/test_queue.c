@@ -148,7 +148,8 @@ static void test_fence_covers_what_was_before(const fixture *f) {
     model_grow(&other, rows, false);
     CHECK_OK(vmm_pool_statistics(f->pool, &stats));
     CHECK_SIZE(stats.queued_bytes, 3 * granule);
-    CHECK(stats.driver_calls[VMM_CALL_fence] == fences + 1);
+    /* HIP's would wait for the device, so none is taken where waiting is not allowed. */
+    CHECK(stats.driver_calls[VMM_CALL_fence] == fences + (is_hip ? 0 : 1));
 
     sem_post(&second);
     CHECK_CUDA(cuda()->stream_synchronize(stream));

@@ -468,10 +468,10 @@ def test_abandoned_pool_gives_its_memory_back(simulator, blocks, block):
         simulator.vmm_sim_live(None, None, None, cuda_helper.ctypes.byref(out))
         return out.value
 
-    with pyvmm.Pool("cuda:0") as other:
+    with pyvmm.Pool(cuda_helper.NAME) as other:
         other.trim(wait=True)
         before = live()
-        pool = pyvmm.Pool("cuda:0")
+        pool = pyvmm.Pool(cuda_helper.NAME)
         blocks(5, pool=pool).close()
         del pool
         gc.collect()

@@ -13,7 +13,13 @@ static _Thread_local sim_context *stack[STACK_DEPTH];
 static _Thread_local int depth;
 
 sim_context *sim_current(void) {
-    return depth ? stack[depth - 1] : NULL;
+    if (depth)
+        return stack[depth - 1];
+    return sim_vendor_here.has_default_device && sim.process ? &contexts[0] : NULL;
+}
+
+sim_context *sim_context_of(int device) {
+    return &contexts[device];
 }
 
 sim_context *sim_check_context(CUcontext context) {
@@ -38,8 +44,10 @@ CUresult cuInit(unsigned flags) {
     if (sim.n_devices == 0)
         return sim_leave(CUDA_ERROR_NO_DEVICE);
     if (!sim.process) {
-        for (int i = 0; i < sim.n_devices; i++)
+        for (int i = 0; i < sim.n_devices; i++) {
             contexts[i].device = i;
+            contexts[i].retained = sim_vendor_here.has_default_device;
+        }
         sim_memory_init();
         sim.process = getpid();
     }

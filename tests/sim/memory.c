@@ -362,6 +362,12 @@ static sim_space *whole_mappings(CUdeviceptr address, size_t bytes, bool ends_ma
                                  address, bytes, (size_t)m->base, m->bytes);
             return NULL;
         }
+        if (sim_vendor_here.mappings_one_by_one && i > *first) {
+            *status = sim_refuse(CUDA_ERROR_INVALID_VALUE,
+                                 "0x%llx of %zu bytes takes in several mappings: one at a time",
+                                 address, bytes);
+            return NULL;
+        }
         if (m->base > at && *gap == end)
             *gap = at;
         at = m->base + m->bytes;

@@ -1,4 +1,4 @@
-/* sim.h - inside the simulated CUDA driver.
+/* sim.h - inside the simulated CUDA driver, which is the simulated HIP runtime, too.
  *
  * One lock, sim.lock, guards everything and is never held while device work runs, is
  * delayed or is waited for. An entry point calls sim_enter(), which takes it, and ends with
@@ -149,6 +149,18 @@ CUresult sim_late(const char *format, ...) __attribute__((format(printf, 1, 2)))
 const char *sim_call_name(sim_call call);
 unsigned long long sim_random(void);
 
+/* In what the library is CUDA's or HIP's: in entry.c and hip_entry.c, of which it has one. */
+typedef struct sim_vendor {
+    const char *const *names; /* of the calls; NULL for those that it does not have */
+    int driver_version;
+    bool mappings_one_by_one; /* are unmapped and given access */
+    bool has_default_device;  /* every thread has a current device from the start */
+    /* Take what a module is loaded from, and find in it where the names of kernels stand: NULL
+     * where that cannot be told. */
+    CUresult (*check_image)(const void *image, const void **code, size_t *bytes);
+} sim_vendor;
+extern const sim_vendor sim_vendor_here;
+
 typedef struct sim_state {
     pthread_mutex_t lock;
     pthread_cond_t changed; /* work finished, or may start */
@@ -177,6 +189,7 @@ typedef struct sim_context {
 } sim_context;
 
 sim_context *sim_current(void);
+sim_context *sim_context_of(int device);
 /* NULL if it is none. */
 sim_context *sim_check_context(CUcontext context);
 

@@ -149,7 +149,8 @@ static sim_stream *make_stream(sim_context *context) {
 
 sim_stream *sim_stream_of(CUstream handle, CUresult *status) {
     *status = CUDA_SUCCESS;
-    if (!handle || handle == CU_STREAM_LEGACY || handle == CU_STREAM_PER_THREAD) {
+    bool is_legacy = !handle || (handle == CU_STREAM_LEGACY && !sim_vendor_here.has_default_device);
+    if (is_legacy || handle == CU_STREAM_PER_THREAD) {
         sim_context *context = sim_current();
         if (!context) {
             *status = sim_refuse(CUDA_ERROR_INVALID_CONTEXT,
