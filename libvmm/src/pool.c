@@ -664,8 +664,8 @@ static void sweep_abandoned(vmm_device *device, vmm_stream stream) {
     vmm_undo_begin();
     while (pool) {
         vmm_pool *next = pool->next_abandoned;
-        pool_work work = {pool, NULL, stream};
-        pthread_mutex_lock(&pool->work);
+        pool_work work;
+        pool_work_begin(&work, pool, NULL, stream); /* what was parked is tried again, too */
         reclaim(&work, false);
         release_free(&work, SIZE_MAX);
         pthread_mutex_unlock(&pool->work);
