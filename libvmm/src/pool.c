@@ -695,7 +695,7 @@ static void sweep_abandoned(vmm_device *device, vmm_stream stream, bool wait) {
     while (pool) {
         vmm_pool *next = pool->next_abandoned;
         pool_work work;
-        pool_work_begin(&work, pool, NULL, stream);
+        pool_work_begin(&work, pool, NULL, stream); /* what was parked is tried again, too */
         reclaim(&work, wait);
         release_free(&work, SIZE_MAX);
         pthread_mutex_unlock(&pool->work);
