@@ -590,6 +590,15 @@ vmm_status vmm_pool_statistics(vmm_pool *pool, vmm_pool_stats *out) {
     return VMM_OK;
 }
 
+/* No one can end the brackets of a pool that is given up. */
+static void end_captures(vmm_pool *pool) {
+    pthread_mutex_lock(&pool->lock);
+    int captures = pool->captures;
+    pool->captures = 0;
+    pthread_mutex_unlock(&pool->lock);
+    __atomic_fetch_sub(&pool->device->captures, captures, __ATOMIC_RELEASE);
+}
+
 /* Free a pool that holds nothing any more. */
 static void destroy(vmm_pool *pool) {
     const driver_ops *ops = pool->device->ops;
@@ -600,7 +609,7 @@ static void destroy(vmm_pool *pool) {
         free(event);
     }
     vmm_device *device = pool->device;
-    __atomic_fetch_sub(&device->captures, pool->captures, __ATOMIC_RELEASE);
+    end_captures(pool);
     pthread_mutex_destroy(&pool->work);
     pthread_mutex_destroy(&pool->lock);
     free(pool->callbacks);
@@ -651,6 +660,7 @@ vmm_status vmm_pool_close(vmm_pool *pool) {
 void vmm_pool_release(vmm_pool *pool) {
     if (!pool || pool->process != vmm_process)
         return;
+    end_captures(pool);
     if (is_empty(pool) && !pool->spare_events)
         destroy(pool);
     else
