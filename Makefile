@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PREFIX ?= /usr/local
 LIBDIR ?= $(PREFIX)/lib
+# Where the library, the tests and the simulator are built: the checks below have folders of
+# their own. From the command line only, for setup.py relies on it.
+BUILD := build
 WITH ?=
 ARGS ?=
 
@@ -22,13 +25,13 @@ WERROR ?= -Werror
 C_FLAGS = -std=c11 -Wall -Wextra $(WERROR) -fPIC -pthread -MMD -MP -Ilibvmm/include $(CFLAGS)
 LIB_FLAGS = $(C_FLAGS) -fvisibility=hidden
 TEST_FLAGS = $(C_FLAGS) -Ilibvmm/src -Itests/c -Itests/sim
-LINK_VMM = -Lbuild -lvmm -Wl,-rpath,$(CURDIR)/build -pthread -ldl -lm
+LINK_VMM = -L$(BUILD) -lvmm -Wl,-rpath,$(CURDIR)/$(BUILD) -pthread -ldl -lm
 
-LIB_OBJECTS := $(patsubst libvmm/src/%.c,build/obj/%.o,$(wildcard libvmm/src/*.c))
-C_TESTS := $(patsubst tests/c/%.c,build/tests/c/%,$(wildcard tests/c/test_*.c))
-C_BENCHES := $(patsubst benchmarks/%.c,build/benchmarks/%,$(wildcard benchmarks/bench_*.c))
+LIB_OBJECTS := $(patsubst libvmm/src/%.c,$(BUILD)/obj/%.o,$(wildcard libvmm/src/*.c))
+C_TESTS := $(patsubst tests/c/%.c,$(BUILD)/tests/c/%,$(wildcard tests/c/test_*.c))
+C_BENCHES := $(patsubst benchmarks/%.c,$(BUILD)/benchmarks/%,$(wildcard benchmarks/bench_*.c))
 SIM_SOURCES := $(wildcard tests/sim/*.c)
-SIM := $(if $(SIM_SOURCES),build/sim/libcuda.so.1)
+SIM := $(if $(SIM_SOURCES),$(BUILD)/sim/libcuda.so.1)
 C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu tests/*/*.[ch] benchmarks/*.[ch])
 PYX_FILES = $(wildcard pyvmm/*.pyx pyvmm/*.pxd)
 
@@ -42,9 +45,10 @@ endif
 
 .DELETE_ON_ERROR:
 .PHONY: all help install venv demo demo-llm test test-inplace test-programs inplace lint format \
-        ptx dist bench-c clean check-cc check-cxx check-python check-venv FORCE
+        ptx dist bench-c clean check-san check-asan check-tsan check-valgrind coverage fuzz \
+        check-cc check-cxx check-python check-venv FORCE
 
-all: build/libvmm.so
+all: $(BUILD)/libvmm.so
 
 help:
 	@echo 'make              build/libvmm.so'
@@ -55,6 +59,10 @@ help:
 	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
+	@echo 'make check-san    the C tests under ASan, LSan and UBSan, then under TSan'
+	@echo 'make check-valgrind  the C tests under valgrind'
+	@echo 'make coverage     lines and branches of libvmm that the C tests reach; fails below the aim'
+	@echo 'make fuzz         random calls of vmm.h (needs clang); FUZZ_SECONDS=$(FUZZ_SECONDS)'
 	@echo 'make lint         clang-format, ruff, cython-lint, mypy, warnings; make format mends'
 	@echo 'make dist         dist/: an sdist, and a wheel that needs no compiler'
 	@echo 'make bench-c      the C benchmarks; ARGS="cuda:0 --out FOLDER"'
@@ -83,11 +91,11 @@ check-venv: check-python check-cxx
 # ---- the library ------------------------------------------------------------------
 # The embedded kernels. nvcc sees append.cu and nothing else; without nvcc the image is an
 # empty file. Native code for each architecture that this nvcc knows, and PTX for the rest.
-build/nvcc: FORCE
-	@mkdir -p build; echo '$(NVCC)' | cmp -s - $@ || echo '$(NVCC)' > $@
+$(BUILD)/nvcc: FORCE
+	@mkdir -p $(BUILD); echo '$(NVCC)' | cmp -s - $@ || echo '$(NVCC)' > $@
 
 ARCHS := 80 90 100 120
-build/append.fatbin: libvmm/src/append.cu libvmm/src/append.h build/nvcc
+$(BUILD)/append.fatbin: libvmm/src/append.cu libvmm/src/append.h $(BUILD)/nvcc
 	@if [ -z '$(NVCC)' ]; then \
 	  echo 'no nvcc: the library carries the checked-in PTX alone, which the driver compiles'; \
 	  : > $@; \
@@ -108,33 +116,33 @@ build/append.fatbin: libvmm/src/append.cu libvmm/src/append.h build/nvcc
 # PTX version that has that architecture, so that CUDA 12 drivers and older take it. That
 # lowering is sound because append.cu uses nothing newer; tests/python/test_ptx.py checks
 # that the file is what this makes, and that ptxas takes it.
-build/append.ptx: libvmm/src/append.cu libvmm/src/append.h build/nvcc
+$(BUILD)/append.ptx: libvmm/src/append.cu libvmm/src/append.h $(BUILD)/nvcc
 	@[ -n '$(NVCC)' ] || { echo 'nvcc not found' >&2; exit 1; }
 	'$(NVCC)' -ptx -arch=compute_75 -o $@.full $<
 	sed -e '/^\/\//d' -e '/^$$/d' -e 's/^\.version .*/.version 6.3/' $@.full > $@
 
-ptx: build/append.ptx
+ptx: $(BUILD)/append.ptx
 	cp $< libvmm/src/append.ptx
 
-build/obj/%.o: libvmm/src/%.c | check-cc
+$(BUILD)/obj/%.o: libvmm/src/%.c | check-cc
 	@mkdir -p $(@D)
 	$(CC) $(LIB_FLAGS) -c -o $@ $<
 
-build/obj/append_image.o: libvmm/src/append_image.S libvmm/src/append.ptx build/append.fatbin | check-cc
+$(BUILD)/obj/append_image.o: libvmm/src/append_image.S libvmm/src/append.ptx $(BUILD)/append.fatbin | check-cc
 	@mkdir -p $(@D)
-	$(CC) -DVMM_APPEND_FATBIN='"build/append.fatbin"' \
+	$(CC) -DVMM_APPEND_FATBIN='"$(BUILD)/append.fatbin"' \
 	  -DVMM_APPEND_PTX='"libvmm/src/append.ptx"' -c -o $@ $<
 
-build/libvmm.so: $(LIB_OBJECTS) build/obj/append_image.o libvmm/libvmm.map
+$(BUILD)/libvmm.so: $(LIB_OBJECTS) $(BUILD)/obj/append_image.o libvmm/libvmm.map
 	$(CC) $(LDFLAGS) -shared -pthread -o $@ $(filter %.o,$^) -Wl,-soname,libvmm.so.$(SOVERSION) \
 	  -Wl,--version-script=libvmm/libvmm.map -Wl,-z,defs,-z,now,-z,relro,-z,noexecstack \
 	  -Wl,--as-needed -ldl
-	ln -sf libvmm.so build/libvmm.so.$(SOVERSION)
+	ln -sf libvmm.so $(BUILD)/libvmm.so.$(SOVERSION)
 
-install: build/libvmm.so
+install: $(BUILD)/libvmm.so
 	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(LIBDIR)/pkgconfig
 	install -m 644 libvmm/include/vmm.h $(DESTDIR)$(PREFIX)/include/vmm.h
-	install -m 755 build/libvmm.so $(DESTDIR)$(LIBDIR)/libvmm.so.$(VERSION)
+	install -m 755 $(BUILD)/libvmm.so $(DESTDIR)$(LIBDIR)/libvmm.so.$(VERSION)
 	ln -sf libvmm.so.$(VERSION) $(DESTDIR)$(LIBDIR)/libvmm.so.$(SOVERSION)
 	ln -sf libvmm.so.$(SOVERSION) $(DESTDIR)$(LIBDIR)/libvmm.so
 	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@VERSION@|$(VERSION)|' \
@@ -184,11 +192,11 @@ inplace: check-python
 	$(PYTHON) setup.py -q build_ext --inplace
 
 # ---- tests ------------------------------------------------------------------------
-build/tests/c/%: tests/c/%.c build/libvmm.so
+$(BUILD)/tests/c/%: tests/c/%.c $(BUILD)/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
 
-build/sim/libcuda.so.1: $(SIM_SOURCES) $(wildcard tests/sim/*.h libvmm/src/append.h)
+$(BUILD)/sim/libcuda.so.1: $(SIM_SOURCES) $(wildcard tests/sim/*.h libvmm/src/append.h)
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -fvisibility=default -shared \
 	  -Wl,-soname,libcuda.so.1,-z,defs -o $@ $(SIM_SOURCES) -pthread -ldl
@@ -208,18 +216,20 @@ test-inplace: inplace
 	@$(TEST_PROGRAMS)
 	@$(PYTHON) tests/run_tests.py
 
-build/benchmarks/%: benchmarks/%.c build/libvmm.so
+$(BUILD)/benchmarks/%: benchmarks/%.c $(BUILD)/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
 
 bench-c: $(C_BENCHES)
 	@for bench in $(C_BENCHES); do echo "== $$bench"; $$bench $(ARGS) || exit 1; done
 
--include $(wildcard build/obj/*.d build/tests/c/*.d build/benchmarks/*.d)
+-include $(wildcard $(BUILD)/obj/*.d $(BUILD)/tests/c/*.d $(BUILD)/benchmarks/*.d)
+
+include tests/checks.mk
 
 # ---- lint -------------------------------------------------------------------------
 # The compile is part of it: -Wall -Wextra -Werror, of everything that is C.
-lint: $(call have,build) $(call have,lint) build/libvmm.so $(C_TESTS) $(SIM) $(C_BENCHES)
+lint: $(call have,build) $(call have,lint) $(BUILD)/libvmm.so $(C_TESTS) $(SIM) $(C_BENCHES)
 	$(CC) -std=c99 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c libvmm/include/vmm.h
 	$(CXX) -std=c++11 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c++ libvmm/include/vmm.h
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)

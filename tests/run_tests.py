@@ -9,10 +9,14 @@ Python tests run by pytest, on the host and the real GPU, then against the simul
 driver; skips are told in a line for each reason. The hand-off to each framework has a
 process of its own, since frameworks do not always bear one another; they run where memory
 is what it says, so not on the simulator.
+
+The checks of tests/checks.mk run the C tests alone, built elsewhere: see --help.
 """
 
+import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as xml
@@ -20,7 +24,6 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SIMULATOR = ROOT / "build/sim/libcuda.so.1"
 TIMEOUT_S = 600
 # Nothing in these depends on a device.
 DEVICELESS = ("test_packaging.py", "test_ptx.py")
@@ -58,11 +61,16 @@ def environment(**extra):
     return {**clean, **extra}
 
 
-def find_devices():
+def simulated(build, **extra):
+    return environment(VMM_CUDA_LIBRARY=str(build / "sim/libcuda.so.1"), **extra)
+
+
+def find_devices(build, without_gpu=False):
     """(label, argument, environment) for each way to run a test that takes a device."""
     devices = [("host", "host", environment())]
-    simulated = environment(VMM_CUDA_LIBRARY=str(SIMULATOR))
-    devices.append(("cuda:0, simulated", "cuda:0", simulated))
+    devices.append(("cuda:0, simulated", "cuda:0", simulated(build)))
+    if without_gpu:
+        return devices
     probe = subprocess.run([sys.executable, "-c", GPU_PROBE], capture_output=True, text=True)
     if probe.returncode == 0:
         devices.append(("cuda:0", "cuda:0", environment()))
@@ -71,7 +79,9 @@ def find_devices():
     return devices
 
 
-def run_c_test(program, label, arguments, env, totals):
+def run_c_test(command, label, env, totals):
+    """`command`: the program and its arguments, or what runs it and then these."""
+    program = next(Path(part) for part in command if Path(part).name.startswith("test_"))
     name = f"{program.name} ({label})" if label else program.name
     if not program.exists():
         totals.failed += 1
@@ -79,7 +89,7 @@ def run_c_test(program, label, arguments, env, totals):
         return
     try:
         result = subprocess.run(
-            [program, *arguments],
+            command,
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -101,15 +111,17 @@ def run_c_test(program, label, arguments, env, totals):
         print(f"FAIL  {name}: exit status {status}\n{output}")
 
 
-def run_c_tests(devices):
+def run_c_tests(build, devices, under=(), only=""):
     totals = Totals()
     for source in sorted((ROOT / "tests/c").glob("test_*.c")):
-        program = ROOT / "build/tests/c" / source.stem
+        if not re.search(only, source.stem):
+            continue
+        command = [*under, build / "tests/c" / source.stem]
         if re.search(r"\bmain\(int argc", source.read_text()):
             for label, argument, env in devices:
-                run_c_test(program, label, [argument], env, totals)
+                run_c_test([*command, argument], label, env, totals)
         else:
-            run_c_test(program, "", [], environment(), totals)
+            run_c_test(command, "", environment(), totals)
     return totals
 
 
@@ -144,31 +156,43 @@ def run_pytest(label, arguments, env):
     return totals
 
 
-def run_python_tests(devices):
+def run_python_tests(build, devices):
     tests = ROOT / "tests/python"
     handoffs = sorted(tests.glob("test_handoff_*.py"))
     real = "host and cuda:0" if devices[-1][0] == "cuda:0" else "host"
     totals = run_pytest(real, [tests, "--ignore-glob=*/test_handoff_*"], environment())
     for path in handoffs:
         totals.add(run_pytest(path.stem, [path], environment()))
-    env = environment(VMM_CUDA_LIBRARY=str(SIMULATOR), PYVMM_TEST_DEVICE="sim")
+    env = simulated(build, PYVMM_TEST_DEVICE="sim")
     ignored = [f"--ignore={tests / name}" for name in DEVICELESS]
     arguments = [tests, "--ignore-glob=*/test_handoff_*", *ignored]
     totals.add(run_pytest("simulated cuda:0", arguments, env))
     return totals
 
 
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Run the tests.")
+    parser.add_argument("--build", type=Path, default=ROOT / "build", help="where they were built")
+    parser.add_argument("--c-only", action="store_true", help="C tests, no real GPU, no Python")
+    parser.add_argument("--only", default="", help="C tests whose names match this expression")
+    parser.add_argument("--under", type=shlex.split, default=[], help="command that runs each")
+    return parser.parse_args()
+
+
 def main():
     sys.stdout.reconfigure(line_buffering=True)
-    if not SIMULATOR.exists():
+    arguments = parse_arguments()
+    build = arguments.build.resolve()
+    if not (build / "sim/libcuda.so.1").exists():
         sys.exit("the simulated driver was not built: run the tests by make")
-    devices = find_devices()
-    c_totals = run_c_tests(devices)
-    python_totals = run_python_tests(devices)
-    print(f"\nC tests: {c_totals}\nPython tests: {python_totals}")
-    c_totals.add(python_totals)
-    print(c_totals)
-    return 1 if c_totals.failed or not c_totals.passed else 0
+    devices = find_devices(build, without_gpu=arguments.c_only)
+    totals = run_c_tests(build, devices, arguments.under, arguments.only)
+    if not arguments.c_only:
+        python_totals = run_python_tests(build, devices)
+        print(f"\nC tests: {totals}\nPython tests: {python_totals}")
+        totals.add(python_totals)
+    print(totals)
+    return 1 if totals.failed or not totals.passed else 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,13 @@
 #define GIB ((size_t)1 << 30)
 #define LENGTH_OF(array) (sizeof(array) / sizeof(array)[0])
 
+/* A sanitizer's own memory makes limits on memory meaningless. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define IS_SANITIZED true
+#else
+#define IS_SANITIZED false
+#endif
+
 #define FAIL(...)                                                                                  \
     do {                                                                                           \
         printf("%s:%d: ", __FILE__, __LINE__);                                                     \

@@ -12,11 +12,8 @@ static void in_child(int (*test)(void)) {
     pid_t child = fork();
 
     CHECK(child >= 0);
-    if (child == 0) {
-        status = test();
-        fflush(stdout);
-        _exit(status);
-    }
+    if (child == 0)
+        exit(test()); /* by exit(), which writes down what was covered */
     CHECK(waitpid(child, &status, 0) == child);
     if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
         FAIL("the child ended with status %#x", (unsigned)status);
@@ -56,6 +53,8 @@ static int under_address_limit(void) {
     vmm_pool *pool;
     vmm_tensor *tensor;
 
+    if (IS_SANITIZED)
+        return 0;
     CHECK_OK(vmm_device_open("host", &device));
     CHECK(setrlimit(RLIMIT_AS, &limit) == 0);
     CHECK_OK(vmm_device_query(device, &info));

@@ -1,0 +1,98 @@
+# ---- checks -----------------------------------------------------------------------
+# The C tests once more, each time built in a folder of its own, with what finds errors that
+# a test does not see. Minutes each, so not part of `make test`.
+
+# $(1): the folder; $(2): flags of every compile and link.
+build_checked = $(MAKE) --no-print-directory BUILD=$(1) CFLAGS='$(2)' LDFLAGS='$(2)' test-programs
+
+SANITIZED := -O1 -g -fno-omit-frame-pointer
+ASAN_FLAGS := $(SANITIZED) -fsanitize=address,undefined -fno-sanitize-recover=undefined
+TSAN_FLAGS := $(SANITIZED) -fsanitize=thread
+
+check-san: check-asan check-tsan
+
+check-asan:
+	@$(call build_checked,build/asan,$(ASAN_FLAGS))
+	@LSAN_OPTIONS=suppressions=$(CURDIR)/tests/lsan.supp:print_suppressions=0 \
+	  $(PYTHON) tests/run_tests.py --c-only --build build/asan
+
+# Without address randomisation: older kernels and sanitizers disagree on where a program
+# may lie.
+check-tsan:
+	@$(call build_checked,build/tsan,$(TSAN_FLAGS))
+	@$(PYTHON) tests/run_tests.py --c-only --build build/tsan --under 'setarch -R'
+
+# Memory that is lost for good fails; what is still reachable at exit does not, for the
+# library need not be closed.
+VALGRIND := valgrind --quiet --error-exitcode=99 --leak-check=full \
+  --errors-for-leak-kinds=definite,indirect --show-leak-kinds=definite,indirect \
+  --suppressions=$(CURDIR)/tests/valgrind.supp
+check-valgrind: test-programs
+	@command -v valgrind >/dev/null || { echo 'missing: apt install valgrind' >&2; exit 1; }
+	@$(PYTHON) tests/run_tests.py --c-only --under '$(VALGRIND)'
+
+# ---- coverage ---------------------------------------------------------------------
+# Lines and branches of libvmm that the C tests reach: as they run in `make test`, and with
+# what differs between drivers. Text and HTML in build/coverage, and a section of
+# docs/RELIABILITY.md.
+COVERAGE_FLAGS := -O0 -g --coverage -fprofile-update=atomic
+COVERED_RUN = $(PYTHON) tests/run_tests.py --c-only --build build/coverage
+GCOVR := $(VENV)/bin/gcovr --root . --filter libvmm/src/ --gcov-executable gcov
+
+coverage: $(call have,coverage)
+	@$(call build_checked,build/coverage,$(COVERAGE_FLAGS))
+	@find build/coverage -name '*.gcda' -delete
+	@$(COVERED_RUN)
+	@VMM_FORCE_PTX=1 $(COVERED_RUN) --only test_many
+	@VMM_SIM_DRIVER_VERSION=11040 $(COVERED_RUN) --only 'test_(many|queue|fuzz)'
+	@$(GCOVR) build/coverage --json build/coverage/coverage.json \
+	  --html-details build/coverage/html/ --txt build/coverage/coverage.txt --txt-metric branch \
+	  --txt-summary
+	@$(VENV_PYTHON) tests/coverage_report.py build/coverage/coverage.json
+
+# ---- fuzzing ----------------------------------------------------------------------
+# libFuzzer over the C interface, see tests/fuzz/fuzz_vmm.c. What it finds lands in
+# build/fuzz: the growing corpus in corpus/, inputs that fail as crash-*; these become
+# tests by a copy into tests/fuzz/corpus.
+CLANG ?= $(firstword $(shell ls /usr/bin/clang-[0-9][0-9] 2>/dev/null | sort -rV) \
+                     $(shell command -v clang))
+FUZZ_SECONDS ?= 900
+FUZZ_CORPUS := tests/fuzz/corpus
+# Functions are called through our own declarations of the driver's types, which have other
+# names there.
+FUZZ_FLAGS := $(SANITIZED) -fsanitize=fuzzer-no-link,address,undefined \
+  -fno-sanitize=function -fno-sanitize-recover=undefined
+# Refused allocations are tested, too: tensors with millions of lanes get none.
+FUZZ_ENV := VMM_CUDA_LIBRARY=$(CURDIR)/build/sim/libcuda.so.1 \
+  ASAN_OPTIONS=allocator_may_return_null=1:max_allocation_size_mb=32 \
+  LSAN_OPTIONS=suppressions=$(CURDIR)/tests/lsan.supp:print_suppressions=0
+
+.PHONY: check-clang fuzz-merge
+check-clang:
+	@[ -n '$(CLANG)' ] || { echo 'missing: clang with its run-time library. On Debian and' \
+	  'Ubuntu: apt install clang-19 libclang-rt-19-dev (or what is newest)' >&2; exit 1; }
+
+build/fuzz/fuzz_vmm: tests/fuzz/fuzz_vmm.c tests/fuzz/shadow.h tests/c/check.h \
+    $(wildcard libvmm/src/*.[chS]) libvmm/include/vmm.h | check-clang
+	@mkdir -p $(@D)
+	@$(MAKE) --no-print-directory BUILD=build/fuzz CC=$(CLANG) CFLAGS='$(FUZZ_FLAGS)' NVCC= \
+	  fuzz-objects
+	$(CLANG) $(FUZZ_FLAGS) -fsanitize=fuzzer -std=c11 -Wall -Wextra -Ilibvmm/include -Itests/c \
+	  -Itests/sim -o $@ $< build/fuzz/obj/*.o -pthread -ldl -lm
+
+.PHONY: fuzz-objects
+fuzz-objects: $(LIB_OBJECTS) $(BUILD)/obj/append_image.o
+
+fuzz: build/fuzz/fuzz_vmm build/sim/libcuda.so.1
+	@mkdir -p build/fuzz/corpus $(FUZZ_CORPUS)
+	cd build/fuzz && $(FUZZ_ENV) ./fuzz_vmm -max_total_time=$(FUZZ_SECONDS) -max_len=512 \
+	  -len_control=0 -timeout=60 -rss_limit_mb=6000 -malloc_limit_mb=6000 -print_final_stats=1 $(ARGS) \
+	  corpus $(CURDIR)/$(FUZZ_CORPUS)
+
+# The fewest inputs that reach what all of them reach.
+fuzz-merge: build/fuzz/fuzz_vmm build/sim/libcuda.so.1
+	rm -rf build/fuzz/merged && mkdir -p build/fuzz/merged
+	cd build/fuzz && $(FUZZ_ENV) ./fuzz_vmm -merge=1 -max_len=512 -rss_limit_mb=6000 \
+	  -malloc_limit_mb=6000 merged $(CURDIR)/$(FUZZ_CORPUS) corpus
+	@echo "build/fuzz/merged: $$(ls build/fuzz/merged | wc -l) inputs," \
+	  "$$(cat build/fuzz/merged/* | wc -c) bytes"
