@@ -29,6 +29,7 @@ LINK_VMM = -L$(BUILD) -lvmm -Wl,-rpath,$(CURDIR)/$(BUILD) -pthread -ldl -lm
 
 LIB_OBJECTS := $(patsubst libvmm/src/%.c,$(BUILD)/obj/%.o,$(wildcard libvmm/src/*.c))
 C_TESTS := $(patsubst tests/c/%.c,$(BUILD)/tests/c/%,$(wildcard tests/c/test_*.c))
+SWEEP := $(BUILD)/tests/sweep
 C_BENCHES := $(patsubst benchmarks/%.c,$(BUILD)/benchmarks/%,$(wildcard benchmarks/bench_*.c))
 SIM_SOURCES := $(wildcard tests/sim/*.c)
 SIM := $(if $(SIM_SOURCES),$(BUILD)/sim/libcuda.so.1)
@@ -196,12 +197,17 @@ $(BUILD)/tests/c/%: tests/c/%.c $(BUILD)/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
 
+# malloc and others are the program's own, for libvmm.so too: see tests/sweep/faults.h.
+$(SWEEP): $(wildcard tests/sweep/*.[ch]) tests/c/check.h $(BUILD)/libvmm.so
+	@mkdir -p $(@D)
+	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -o $@ $(filter %.c,$^) $(LINK_VMM)
+
 $(BUILD)/sim/libcuda.so.1: $(SIM_SOURCES) $(wildcard tests/sim/*.h libvmm/src/append.h)
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -fvisibility=default -shared \
 	  -Wl,-soname,libcuda.so.1,-z,defs -o $@ $(SIM_SOURCES) -pthread -ldl
 
-test-programs: $(C_TESTS) $(SIM)
+test-programs: $(C_TESTS) $(SWEEP) $(SIM)
 
 # What does not compile is a failure that run_tests.py reports with the others. Another make,
 # since setup.py may have installed an nvcc, or built the library, that this one did not see.
@@ -229,7 +235,7 @@ include tests/checks.mk
 
 # ---- lint -------------------------------------------------------------------------
 # The compile is part of it: -Wall -Wextra -Werror, of everything that is C.
-lint: $(call have,build) $(call have,lint) $(BUILD)/libvmm.so $(C_TESTS) $(SIM) $(C_BENCHES)
+lint: $(call have,build) $(call have,lint) $(BUILD)/libvmm.so $(C_TESTS) $(SWEEP) $(SIM) $(C_BENCHES)
 	$(CC) -std=c99 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c libvmm/include/vmm.h
 	$(CXX) -std=c++11 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c++ libvmm/include/vmm.h
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)

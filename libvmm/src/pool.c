@@ -223,10 +223,10 @@ static vmm_status reclaim_covered(pool_work *work, bool parked_only) {
         pthread_mutex_lock(&pool->lock);
         bool fenced =
             !parked_only && (!pool->device->ops->is_async || pool->fences_passed > entry->epoch);
-        bool useful = fenced || entry->parked_bytes > 0;
+        bool useful = fenced || entry->parked_bytes > 0, retired = entry->retired;
         pthread_mutex_unlock(&pool->lock);
         if (useful) {
-            vmm_status status = entry->reclaim(entry, work, fenced, &gone);
+            vmm_status status = entry->reclaim(entry, work, fenced, retired, &gone);
             if (status && !first)
                 first = status;
         }
@@ -324,9 +324,9 @@ static vmm_status reclaim(pool_work *work, bool wait) {
     return first ? first : status;
 }
 
-void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
-    *work = (pool_work){pool, tensor_calls, stream};
-    pthread_mutex_lock(&pool->work);
+/* Try again what the driver would not take back. */
+static void retry_parked(pool_work *work) {
+    vmm_pool *pool = work->pool;
     pthread_mutex_lock(&pool->lock);
     bool retry = pool->parked_bytes > 0;
     pthread_mutex_unlock(&pool->lock);
@@ -343,6 +343,12 @@ void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vm
     }
     reclaim_covered(work, true);
     vmm_undo_end();
+}
+
+void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
+    *work = (pool_work){pool, tensor_calls, stream};
+    pthread_mutex_lock(&pool->work);
+    retry_parked(work);
 }
 
 static void sweep_abandoned(vmm_device *device, vmm_stream stream);
@@ -389,12 +395,15 @@ vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes,
         status = take_or_create(work, size, out);
     if (status != VMM_ERR_OUT_OF_MEMORY || !wait || !pool_has_queue(pool))
         return status;
-    vmm_undo_begin();
     vmm_status reclaimed = reclaim(work, true);
-    vmm_undo_end();
-    if (reclaimed)
-        return status;
-    return pool_take_block(work, bytes, smallest_bytes, false, out);
+    vmm_error refusal = *vmm_last_error();
+    /* What could not be taken back may not have been all there was. */
+    status = pool_take_block(work, bytes, smallest_bytes, false, out);
+    if (status == VMM_ERR_OUT_OF_MEMORY && reclaimed && reclaimed != VMM_ERR_CAPTURING) {
+        vmm_fail_again(&refusal); /* the cause: there was memory, and the driver kept it */
+        status = reclaimed;
+    }
+    return status;
 }
 
 /* Address space of closed tensors that never mapped anything is not asked for by any
@@ -425,17 +434,30 @@ vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, ui
     return status;
 }
 
-bool pool_run_callbacks(vmm_pool *pool, size_t needed_bytes) {
-    bool freed = false;
+/* The callback that was registered next after number `*last`, of those up to `end`. */
+static bool next_callback(vmm_pool *pool, uint64_t *last, uint64_t end, pool_callback *out) {
+    bool found = false;
     pthread_mutex_lock(&pool->lock);
-    size_t n = pool->n_callbacks;
-    pool_callback *callbacks = n ? malloc(n * sizeof *callbacks) : NULL;
-    for (size_t i = 0; callbacks && i < n; i++)
-        callbacks[i] = pool->callbacks[i];
+    for (size_t i = 0; i < pool->n_callbacks && !found; i++) {
+        *out = pool->callbacks[i];
+        found = out->number > *last && out->number <= end;
+    }
     pthread_mutex_unlock(&pool->lock);
-    for (size_t i = 0; callbacks && i < n; i++)
-        freed |= callbacks[i].function(callbacks[i].user, needed_bytes) != 0;
-    free(callbacks);
+    if (found)
+        *last = out->number;
+    return found;
+}
+
+bool pool_run_callbacks(vmm_pool *pool, size_t needed_bytes) {
+    /* One by one, for they may register and remove; no copy, for there may be no memory. */
+    bool freed = false;
+    pool_callback callback;
+    uint64_t last = 0;
+    pthread_mutex_lock(&pool->lock);
+    uint64_t end = pool->callbacks_registered;
+    pthread_mutex_unlock(&pool->lock);
+    while (next_callback(pool, &last, end, &callback))
+        freed |= callback.function(callback.user, needed_bytes) != 0;
     return freed;
 }
 
@@ -523,7 +545,8 @@ vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, void *user
             realloc(pool->callbacks, (pool->n_callbacks + 1) * sizeof *pool->callbacks);
         if (grown) {
             pool->callbacks = grown;
-            grown[pool->n_callbacks++] = (pool_callback){callback, user};
+            grown[pool->n_callbacks++] =
+                (pool_callback){callback, user, ++pool->callbacks_registered};
         } else {
             status = vmm_fail(VMM_ERR_OUT_OF_MEMORY, "pool_on_oom", "no host memory left");
         }
@@ -674,8 +697,8 @@ static void sweep_abandoned(vmm_device *device, vmm_stream stream) {
     vmm_undo_begin();
     while (pool) {
         vmm_pool *next = pool->next_abandoned;
-        pool_work work = {pool, NULL, stream};
-        pthread_mutex_lock(&pool->work);
+        pool_work work;
+        pool_work_begin(&work, pool, NULL, stream);
         reclaim(&work, false);
         release_free(&work, SIZE_MAX);
         pthread_mutex_unlock(&pool->work);

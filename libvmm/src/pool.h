@@ -36,10 +36,11 @@ typedef struct pool_entry {
     uint64_t epoch;      /* the number of the last fence that does not cover it */
     size_t queued_bytes; /* awaiting a fence */
     size_t parked_bytes; /* refused by the driver, awaiting the next try */
-    /* Give back what is covered; with `fenced` all of it, else only what is parked. Under
-     * work. Sets `gone` when the entry has been freed. */
+    /* Give back what is covered; with `fenced` all of it, else only what is parked. `retired`
+     * as of the moment that `fenced` was found: an owner who goes later leaves memory that no
+     * fence covers yet. Under work. Sets `gone` when the entry has been freed. */
     vmm_status (*reclaim)(struct pool_entry *entry, struct pool_work *work, bool fenced,
-                          bool *gone);
+                          bool retired, bool *gone);
 } pool_entry;
 
 typedef struct pool_event {
@@ -50,6 +51,7 @@ typedef struct pool_event {
 typedef struct pool_callback {
     vmm_oom_callback function;
     void *user;
+    uint64_t number; /* ascending, in the order of registration */
 } pool_callback;
 
 struct vmm_pool {
@@ -75,6 +77,7 @@ struct vmm_pool {
     pool_event *spare_events;
     pool_callback *callbacks;
     size_t n_callbacks;
+    uint64_t callbacks_registered;
     struct vmm_pool *next_abandoned;
 
     uint64_t driver_calls[VMM_CALL_COUNT]; /* atomic */

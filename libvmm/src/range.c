@@ -63,16 +63,14 @@ static vmm_status unmap_last(range *range, size_t lane_index, pool_work *work, b
     return VMM_OK;
 }
 
-static vmm_status reclaim_range(pool_entry *entry, pool_work *work, bool fenced, bool *gone) {
+static vmm_status reclaim_range(pool_entry *entry, pool_work *work, bool fenced, bool retired,
+                                bool *gone) {
     range *range = (struct range *)entry;
     vmm_pool *pool = range->pool;
     vmm_status first = VMM_OK;
-    pthread_mutex_lock(&pool->lock);
-    bool all = fenced && entry->retired;
-    pthread_mutex_unlock(&pool->lock);
     for (size_t i = 0; i < range->n_lanes; i++) {
         range_lane *lane = &range->lanes[i];
-        size_t keep = all ? 0 : lane->n_live;
+        size_t keep = retired ? 0 : lane->n_live;
         vmm_status status = VMM_OK;
         while (!status && lane->n_blocks > keep &&
                (fenced || lane->blocks[lane->n_blocks - 1]->parked))
@@ -80,7 +78,7 @@ static vmm_status reclaim_range(pool_entry *entry, pool_work *work, bool fenced,
         if (status && !first)
             first = status;
     }
-    if (!all || first)
+    if (!fenced || !retired || first)
         return first;
     first = DRIVER(pool, work->tensor_calls, free, range->base, range->bytes);
     if (first)
