@@ -43,12 +43,18 @@ coverage: $(call have,coverage)
 	@$(call build_checked,build/coverage,$(COVERAGE_FLAGS))
 	@find build/coverage -name '*.gcda' -delete
 	@$(COVERED_RUN)
+	@build/coverage/tests/sweep host >/dev/null
+	@for version in 13000 12000; do VMM_CUDA_LIBRARY=build/coverage/sim/libcuda.so.1 \
+	  VMM_SIM_DRIVER_VERSION=$$version build/coverage/tests/sweep cuda:0 >/dev/null || exit 1; done
 	@VMM_FORCE_PTX=1 $(COVERED_RUN) --only test_many
 	@VMM_SIM_DRIVER_VERSION=11040 $(COVERED_RUN) --only 'test_(many|queue|fuzz)'
+	@mkdir -p build/coverage/html
 	@$(GCOVR) build/coverage --json build/coverage/coverage.json \
-	  --html-details build/coverage/html/ --txt build/coverage/coverage.txt --txt-metric branch \
-	  --txt-summary
+	  --html-details build/coverage/html/index.html \
+	  --txt build/coverage/coverage.txt --txt-metric branch
 	@$(VENV_PYTHON) tests/coverage_report.py build/coverage/coverage.json
+	@$(GCOVR) -a build/coverage/coverage.json --txt-summary --txt /dev/null \
+	  --fail-under-line 95 --fail-under-branch 90
 
 # ---- fuzzing ----------------------------------------------------------------------
 # libFuzzer over the C interface, see tests/fuzz/fuzz_vmm.c. What it finds lands in
