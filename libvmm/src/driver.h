@@ -86,6 +86,8 @@ struct vmm_device {
     size_t granularity_bytes;
     uint64_t process; /* the one that opened it, see process.h */
     size_t references;
+    uintptr_t trial_base; /* of a reservation that a query has not been able to give back */
+    size_t trial_bytes;   /* 0 for none */
     int captures; /* brackets that are open, on any pool of the device; atomic */
     struct vmm_device *next;
     struct vmm_pool *abandoned; /* pools that were released, not yet empty; see pool.c */

@@ -8,6 +8,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -82,6 +83,43 @@ static vmm_status host_query(void *state, vmm_device_info *out) {
     return VMM_OK;
 }
 
+/* Addresses that the kernel would not take back (it may have to split a mapping, and there is
+ * a limit to how many there are): no memory lies behind them. The next reservation tries
+ * again. */
+static struct {
+    pthread_mutex_t lock;
+    struct {
+        char *address;
+        size_t bytes;
+    } ranges[16];
+} kept = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static void after_fork_in_child(void) {
+    pthread_mutex_init(&kept.lock, NULL);
+    memset(kept.ranges, 0, sizeof kept.ranges); /* kept out of the child or not, they stay */
+}
+
+__attribute__((constructor)) static void watch_forks(void) {
+    pthread_atfork(NULL, NULL, after_fork_in_child);
+}
+
+/* Give back what is kept, then these; with 0 bytes what is kept alone. */
+static void give_back(char *address, size_t bytes) {
+    pthread_mutex_lock(&kept.lock);
+    for (size_t i = 0; i < sizeof kept.ranges / sizeof kept.ranges[0]; i++) {
+        if (kept.ranges[i].bytes && munmap(kept.ranges[i].address, kept.ranges[i].bytes) == 0)
+            kept.ranges[i].bytes = 0;
+        if (kept.ranges[i].bytes || !bytes)
+            continue;
+        if (munmap(address, bytes)) {
+            kept.ranges[i].address = address;
+            kept.ranges[i].bytes = bytes;
+        }
+        bytes = 0;
+    }
+    pthread_mutex_unlock(&kept.lock);
+}
+
 static vmm_status host_reserve(void *state, size_t bytes, size_t alignment, uintptr_t *out) {
     (void)state;
     if (bytes >= HUGE_PAGE_BYTES && alignment < HUGE_PAGE_BYTES)
@@ -95,14 +133,12 @@ static vmm_status host_reserve(void *state, size_t bytes, size_t alignment, uint
     if (address == MAP_FAILED)
         return fail_reserve("mmap", errno, bytes);
     size_t before = spare ? (alignment - (uintptr_t)address % alignment) % alignment : 0;
-    if (before)
-        munmap(address, before);
-    if (spare > before)
-        munmap(address + before + bytes, spare - before);
+    give_back(address, before);
+    give_back(address + before + bytes, spare - before);
     address += before;
     if (madvise(address, bytes, MADV_DONTFORK)) {
         int code = errno;
-        munmap(address, bytes);
+        give_back(address, bytes);
         return fail_reserve("madvise", code, bytes);
     }
     madvise(address, bytes, MADV_HUGEPAGE); /* a wish: kernels without huge pages say no */

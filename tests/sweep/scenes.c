@@ -48,6 +48,8 @@ static vmm_status run_query(world *w) {
 static void check_query(world *w) {
     CHECK_SIZE(w->info.granularity_bytes, 4096);
     CHECK(w->info.total_bytes >= w->info.free_bytes && w->info.free_bytes > 0);
+    CHECK_OK(vmm_device_query(w->f.device, &w->info)); /* gives back what this one could not */
+    CHECK(w->info.reservable_bytes >= 1 * GIB);
 }
 
 static vmm_status run_pool_create(world *w) {

@@ -252,8 +252,14 @@ void world_close(world *w) {
             model_close(&w->models[i]);
         else
             free(w->models[i].numbers);
-    if (w->f.pool)
-        close_pool(w->f.pool);
+    if (!w->config->is_cuda) {
+        /* Addresses that the kernel has refused to take back go with the next reservation. */
+        vmm_spec spec = world_spec(w);
+        vmm_tensor *next;
+        CHECK_OK(vmm_reserve(w->f.pool, &spec, &next));
+        CHECK_OK(vmm_close(next));
+    }
+    close_pool(w->f.pool);
     if (w->other_pool)
         close_pool(w->other_pool);
     vmm_device_close(w->other_device);
