@@ -44,10 +44,8 @@ coverage: $(call have,coverage)
 	@find build/coverage -name '*.gcda' -delete
 	@$(COVERED_RUN)
 	@build/coverage/tests/sweep host >/dev/null
-	@for version in 13000 12000; do VMM_CUDA_LIBRARY=build/coverage/sim/libcuda.so.1 \
+	@for version in 13000 12040 11030; do VMM_CUDA_LIBRARY=build/coverage/sim/libcuda.so.1 \
 	  VMM_SIM_DRIVER_VERSION=$$version build/coverage/tests/sweep cuda:0 >/dev/null || exit 1; done
-	@VMM_FORCE_PTX=1 $(COVERED_RUN) --only test_many
-	@VMM_SIM_DRIVER_VERSION=11040 $(COVERED_RUN) --only 'test_(many|queue|fuzz)'
 	@mkdir -p build/coverage/html
 	@$(GCOVR) build/coverage --json build/coverage/coverage.json \
 	  --html-details build/coverage/html/index.html \

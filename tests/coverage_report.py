@@ -2,9 +2,9 @@
 
     coverage_report.py COVERAGE.JSON
 
-The file is gcovr's. Its section of the page stands between two markers: a row for each file,
-then every line that no test reaches and every one that is left out by a GCOVR_EXCL marker,
-with the reason that stands behind the marker: "GCOVR_EXCL_LINE: reason".
+The file is gcovr's. The section gets a row for each file, then every line that is left out by
+a GCOVR_EXCL marker, with the reason that stands behind the marker ("GCOVR_EXCL_LINE: reason"),
+and every line that no test reaches.
 """
 
 import json
@@ -12,9 +12,8 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs/RELIABILITY.md"
-BEGIN, END = "<!-- coverage: written by make coverage -->", "<!-- end of coverage -->"
+from reliability import PAGE, ROOT, replace_section
+
 MARKER = re.compile(r"GCOVR_EXCL_(LINE|BR_LINE|START|BR_START)\b:?\s*(.*?)\s*(?:\*/|$)")
 
 
@@ -82,7 +81,6 @@ def left_out(files):
 
 
 def section(files):
-    yield BEGIN
     yield from files_table(files)
     excluded = list(left_out(files))
     if excluded:
@@ -102,18 +100,12 @@ def section(files):
         yield "|---|---|"
         for file, number in missed:
             yield f"| `{file.path}:{number}` | {code(file.source[number - 1])} |"
-    yield END
 
 
 def main():
     report = json.loads(Path(sys.argv[1]).read_text())
     files = sorted((File(record) for record in report["files"]), key=lambda file: file.path)
-    text = "\n".join(section(files))
-    page = PAGE.read_text()
-    if BEGIN not in page or END not in page:
-        sys.exit(f"{PAGE} has no section for the coverage: put '{BEGIN}' and '{END}' there")
-    before, rest = page.split(BEGIN, 1)
-    PAGE.write_text(before + text + rest.split(END, 1)[1])
+    PAGE.write_text(replace_section(PAGE.read_text(), "coverage", "\n".join(section(files))))
     print(f"{PAGE.relative_to(ROOT)}: the section on coverage has been written")
 
 

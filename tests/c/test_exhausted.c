@@ -66,6 +66,8 @@ int main(int argc, char **argv) {
     setenv("VMM_SIM_MEMORY", "134217728", 1); /* before the driver is loaded */
     if (!is_host && !dlsym(cuda_library(), "vmm_sim_version"))
         SKIP("a GPU's memory is not ours to exhaust: the simulated driver's is");
+    if (is_host && !has_memory_limits())
+        SKIP("no limit of memory is in force under a sanitizer or valgrind");
     fixture f = fixture_open(argc, argv, 0, 0);
     if (is_host)
         limit_host_memory(128 * MIB);
