@@ -46,8 +46,7 @@ endif
 
 .DELETE_ON_ERROR:
 .PHONY: all help install venv demo demo-llm test test-inplace test-programs inplace lint format \
-        ptx dist bench-c clean check-san check-asan check-tsan check-valgrind coverage fuzz \
-        check-cc check-cxx check-python check-venv FORCE
+        ptx dist bench-c reliability clean check-cc check-cxx check-python check-venv FORCE
 
 all: $(BUILD)/libvmm.so
 
@@ -64,6 +63,7 @@ help:
 	@echo 'make check-valgrind  the C tests under valgrind'
 	@echo 'make coverage     lines and branches of libvmm that the C tests reach; fails below the aim'
 	@echo 'make fuzz         random calls of vmm.h (needs clang); FUZZ_SECONDS=$(FUZZ_SECONDS)'
+	@echo 'make reliability  what docs/RELIABILITY.md shows of the sweeps, anew'
 	@echo 'make lint         clang-format, ruff, cython-lint, mypy, warnings; make format mends'
 	@echo 'make dist         dist/: an sdist, and a wheel that needs no compiler'
 	@echo 'make bench-c      the C benchmarks; ARGS="cuda:0 --out FOLDER"'
@@ -221,6 +221,10 @@ test: venv $(call have,test) $(foreach name,$(WITH),$(call have,$(name)))
 test-inplace: inplace
 	@$(TEST_PROGRAMS)
 	@$(PYTHON) tests/run_tests.py
+
+# The tables of docs/RELIABILITY.md, from what the tests find.
+reliability: $(SWEEP) $(SIM)
+	@$(PYTHON) tests/reliability.py
 
 $(BUILD)/benchmarks/%: benchmarks/%.c $(BUILD)/libvmm.so
 	@mkdir -p $(@D)

@@ -5,6 +5,9 @@
 # $(1): the folder; $(2): flags of every compile and link.
 build_checked = $(MAKE) --no-print-directory BUILD=$(1) CFLAGS='$(2)' LDFLAGS='$(2)' test-programs
 
+# The C tests are the programs that run_tests.py runs; sweeps are among them.
+.PHONY: check-san check-asan check-tsan check-valgrind coverage fuzz
+
 SANITIZED := -O1 -g -fno-omit-frame-pointer
 ASAN_FLAGS := $(SANITIZED) -fsanitize=address,undefined -fno-sanitize-recover=undefined
 TSAN_FLAGS := $(SANITIZED) -fsanitize=thread

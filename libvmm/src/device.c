@@ -68,6 +68,7 @@ static vmm_status open_locked(const driver_ops *ops, int index, vmm_device **out
     device->index = index;
     device->process = vmm_process;
     device->references = 1;
+    pthread_mutex_init(&device->fence_lock, NULL);
     vmm_status status = ops->open(index, &device->state);
     if (status)
         goto free_device;
@@ -88,6 +89,7 @@ static vmm_status open_locked(const driver_ops *ops, int index, vmm_device **out
 close_state:
     ops->close(device->state);
 free_device:
+    pthread_mutex_destroy(&device->fence_lock);
     free(device);
     return status;
 }
@@ -140,6 +142,7 @@ void vmm_device_close(vmm_device *device) {
         free_trial(device);
         vmm_undo_end();
         device->ops->close(device->state);
+        pthread_mutex_destroy(&device->fence_lock);
         free(device);
     }
 }

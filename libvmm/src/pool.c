@@ -285,11 +285,11 @@ static vmm_status record_fence(pool_work *work) {
     return VMM_OK;
 }
 
-/* Would a fence now meet a capture that is known of? */
+/* Would a fence now meet a capture that is known of? Under the device's fence lock. */
 static bool may_fence(pool_work *work) {
     vmm_pool *pool = work->pool;
     uint64_t capture = 0;
-    if (__atomic_load_n(&pool->device->captures, __ATOMIC_ACQUIRE) > 0)
+    if (pool->device->captures > 0)
         return false;
     if (work->stream == VMM_STREAM_NONE)
         return true;
@@ -310,15 +310,14 @@ static vmm_status reclaim(pool_work *work, bool wait) {
         first = settle_fence(work, wait);
     }
     if (!first && !pool->fence && needs_fence(pool)) {
-        if (!may_fence(work)) {
-            first = vmm_fail(VMM_ERR_CAPTURING, "fence",
-                             "queued memory can only be had behind a fence, and a stream is "
-                             "being captured");
-        } else {
-            first = record_fence(work);
-            if (!first)
-                first = settle_fence(work, wait);
-        }
+        pthread_mutex_lock(&pool->device->fence_lock);
+        first = may_fence(work) ? record_fence(work)
+                                : vmm_fail(VMM_ERR_CAPTURING, "fence",
+                                           "queued memory can only be had behind a fence, and a "
+                                           "stream is being captured");
+        pthread_mutex_unlock(&pool->device->fence_lock);
+        if (!first)
+            first = settle_fence(work, wait);
     }
     status = reclaim_covered(work, false);
     return first ? first : status;
@@ -567,13 +566,11 @@ vmm_status vmm_pool_capture_begin(vmm_pool *pool) {
     vmm_status status = check_pool(pool, "pool_capture_begin");
     if (status)
         return status;
-    /* Behind `work`: a fence that is being taken now is done before the capture begins. */
-    pthread_mutex_lock(&pool->work);
-    pthread_mutex_lock(&pool->lock);
+    /* A fence that is being taken, on any pool of the device, is done before the capture begins. */
+    pthread_mutex_lock(&pool->device->fence_lock);
+    pool->device->captures++;
     pool->captures++;
-    pthread_mutex_unlock(&pool->lock);
-    __atomic_fetch_add(&pool->device->captures, 1, __ATOMIC_RELEASE);
-    pthread_mutex_unlock(&pool->work);
+    pthread_mutex_unlock(&pool->device->fence_lock);
     return VMM_OK;
 }
 
@@ -581,14 +578,14 @@ vmm_status vmm_pool_capture_end(vmm_pool *pool) {
     vmm_status status = check_pool(pool, "pool_capture_end");
     if (status)
         return status;
-    pthread_mutex_lock(&pool->lock);
-    if (pool->captures == 0)
+    pthread_mutex_lock(&pool->device->fence_lock);
+    if (pool->captures == 0) {
         status = vmm_fail(VMM_ERR_INVALID, "pool_capture_end", "no capture has begun");
-    else
+    } else {
         pool->captures--;
-    pthread_mutex_unlock(&pool->lock);
-    if (!status)
-        __atomic_fetch_sub(&pool->device->captures, 1, __ATOMIC_RELEASE);
+        pool->device->captures--;
+    }
+    pthread_mutex_unlock(&pool->device->fence_lock);
     return status;
 }
 
@@ -613,13 +610,15 @@ vmm_status vmm_pool_statistics(vmm_pool *pool, vmm_pool_stats *out) {
     return VMM_OK;
 }
 
-/* No one can end the brackets of a pool that is given up. */
+/* No one can end the brackets of a pool that is given up. Without any there is nothing to wait
+ * for: a destructor may be here, and the lock may be held across a fence. */
 static void end_captures(vmm_pool *pool) {
-    pthread_mutex_lock(&pool->lock);
-    int captures = pool->captures;
+    if (!pool->captures)
+        return;
+    pthread_mutex_lock(&pool->device->fence_lock);
+    pool->device->captures -= pool->captures;
     pool->captures = 0;
-    pthread_mutex_unlock(&pool->lock);
-    __atomic_fetch_sub(&pool->device->captures, captures, __ATOMIC_RELEASE);
+    pthread_mutex_unlock(&pool->device->fence_lock);
 }
 
 /* Free a pool that holds nothing any more. */

@@ -73,7 +73,7 @@ struct vmm_pool {
     size_t in_use_bytes, free_bytes, queued_bytes, parked_bytes, peak_bytes;
     uint64_t fences_recorded;
     size_t live_ranges;
-    int captures;
+    int captures; /* under the device's fence lock */
     pool_event *spare_events;
     pool_callback *callbacks;
     size_t n_callbacks;
