@@ -20,6 +20,18 @@ NVCC ?= $(firstword $(realpath $(shell command -v nvcc || \
           ls -d $${CUDA_HOME:-/nonexistent}/bin/nvcc \
                 $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc 2>/dev/null)))
 
+# A HIP compiler: ROCm's, or a clang that knows these GPUs and has lld beside it. Tried, since
+# only a trial tells. HIPCC= on the command line says: none, no kernels for AMD GPUs.
+HIP_ARCHS ?= gfx90a gfx942
+HIP_FLAGS = -x hip --cuda-device-only $(HIP_ARCHS:%=--offload-arch=%) --gpu-bundle-output \
+  -nogpulib -nogpuinc -mcode-object-version=4 -O3 -std=c++17 -fdeclspec -Wall -Wextra
+ifeq ($(origin HIPCC),undefined)
+HIPCC := $(shell for cc in hipcc $${ROCM_PATH:+$$ROCM_PATH/bin/hipcc} clang \
+           clang-22 clang-21 clang-20 clang-19 clang-18 clang-17; do \
+           command -v $$cc >/dev/null && $$cc $(HIP_FLAGS) -o /dev/null - </dev/null \
+             2>/dev/null && echo $$cc && break; done)
+endif
+
 CFLAGS ?= -O2 -g
 WERROR ?= -Werror
 C_FLAGS = -std=c11 -Wall -Wextra $(WERROR) -fPIC -pthread -MMD -MP -Ilibvmm/include $(CFLAGS)
@@ -70,6 +82,7 @@ help:
 	@echo 'make ptx          regenerate libvmm/src/append.ptx (needs nvcc 13.0.88)'
 	@echo 'make venv, clean  the virtual environment alone; remove what was built'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) CC=$(CC) NVCC=PATH or nothing'
+	@echo '           HIPCC=COMMAND or nothing, HIP_ARCHS="$(HIP_ARCHS)"'
 
 # ---- prerequisites ----------------------------------------------------------------
 PREREQUISITES := apt install python3-venv python3-dev gcc g++ make
@@ -113,6 +126,20 @@ $(BUILD)/append.fatbin: libvmm/src/append.cu libvmm/src/append.h $(BUILD)/nvcc
 	    { echo 'nvcc failed; "make NVCC=" builds with the checked-in PTX instead' >&2; exit 1; }; \
 	fi
 
+# The same for AMD GPUs: one file with a code object for each of HIP_ARCHS.
+$(BUILD)/hipcc: FORCE
+	@mkdir -p build; echo '$(HIPCC) $(HIP_ARCHS)' | cmp -s - $@ || echo '$(HIPCC) $(HIP_ARCHS)' > $@
+
+$(BUILD)/append.hipfb: libvmm/src/append.cu libvmm/src/append.h libvmm/src/append_hip.h $(BUILD)/hipcc
+	@if [ -z '$(HIPCC)' ]; then \
+	  echo 'no HIP compiler (hipcc, or clang 17 and lld): the library has no kernels for AMD GPUs'; \
+	  : > $@; \
+	else \
+	  echo '$(HIPCC) $(HIP_FLAGS) -o $@ $<'; \
+	  $(HIPCC) $(HIP_FLAGS) -o $@ $< || \
+	    { echo '$(HIPCC) failed; "make HIPCC=" builds without kernels for AMD GPUs' >&2; exit 1; }; \
+	fi
+
 # The checked-in PTX: nvcc's for the oldest architecture it knows, declared as the oldest
 # PTX version that has that architecture, so that CUDA 12 drivers and older take it. That
 # lowering is sound because append.cu uses nothing newer; tests/python/test_ptx.py checks
@@ -129,9 +156,10 @@ $(BUILD)/obj/%.o: libvmm/src/%.c | check-cc
 	@mkdir -p $(@D)
 	$(CC) $(LIB_FLAGS) -c -o $@ $<
 
-$(BUILD)/obj/append_image.o: libvmm/src/append_image.S libvmm/src/append.ptx $(BUILD)/append.fatbin | check-cc
+$(BUILD)/obj/append_image.o: libvmm/src/append_image.S libvmm/src/append.ptx $(BUILD)/append.fatbin \
+    $(BUILD)/append.hipfb | check-cc
 	@mkdir -p $(@D)
-	$(CC) -DVMM_APPEND_FATBIN='"$(BUILD)/append.fatbin"' \
+	$(CC) -DVMM_APPEND_FATBIN='"$(BUILD)/append.fatbin"' -DVMM_APPEND_HIPFB='"$(BUILD)/append.hipfb"' \
 	  -DVMM_APPEND_PTX='"libvmm/src/append.ptx"' -c -o $@ $<
 
 $(BUILD)/libvmm.so: $(LIB_OBJECTS) $(BUILD)/obj/append_image.o libvmm/libvmm.map
@@ -207,7 +235,11 @@ $(BUILD)/sim/libcuda.so.1: $(SIM_SOURCES) $(wildcard tests/sim/*.h libvmm/src/ap
 	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -fvisibility=default -shared \
 	  -Wl,-soname,libcuda.so.1,-z,defs -o $@ $(SIM_SOURCES) -pthread -ldl
 
-test-programs: $(C_TESTS) $(SWEEP) $(SIM)
+$(BUILD)/tests/conformance/probes: $(wildcard tests/conformance/*.[ch]) tests/sim/cuda_abi.h
+	@mkdir -p $(@D)
+	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -o $@ $(filter %.c,$^) -pthread -ldl
+
+test-programs: $(C_TESTS) $(SWEEP) $(SIM) $(BUILD)/tests/conformance/probes
 
 # What does not compile is a failure that run_tests.py reports with the others. Another make,
 # since setup.py may have installed an nvcc, or built the library, that this one did not see.
@@ -239,7 +271,7 @@ include tests/checks.mk
 
 # ---- lint -------------------------------------------------------------------------
 # The compile is part of it: -Wall -Wextra -Werror, of everything that is C.
-lint: $(call have,build) $(call have,lint) $(BUILD)/libvmm.so $(C_TESTS) $(SWEEP) $(SIM) $(C_BENCHES)
+lint: $(call have,build) $(call have,lint) $(BUILD)/libvmm.so test-programs $(C_BENCHES)
 	$(CC) -std=c99 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c libvmm/include/vmm.h
 	$(CXX) -std=c++11 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c++ libvmm/include/vmm.h
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)

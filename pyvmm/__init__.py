@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import os
 
+from pyvmm._append import append_many
 from pyvmm._device import device_info, devices, library_version
 from pyvmm._error import CapacityError, OutOfMemoryError, VMMError
 from pyvmm._pool import Pool, default_pool
-from pyvmm._tensor import View, VTensor, append_many, empty
+from pyvmm._tensor import VTensor, empty
+from pyvmm._view import View
 
 __version__ = library_version()
 

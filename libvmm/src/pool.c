@@ -474,7 +474,7 @@ void pool_range_gone(vmm_pool *pool) {
 
 /* ---- public --------------------------------------------------------------------- */
 
-static vmm_status check_pool(const vmm_pool *pool, const char *operation) {
+vmm_status pool_check(const vmm_pool *pool, const char *operation) {
     if (!pool)
         return vmm_fail(VMM_ERR_INVALID, operation, "pool is NULL");
     if (pool->process != vmm_process)
@@ -523,7 +523,7 @@ size_t vmm_pool_block_bytes(const vmm_pool *pool) {
 }
 
 vmm_status vmm_pool_trim(vmm_pool *pool, int wait) {
-    vmm_status status = check_pool(pool, "pool_trim");
+    vmm_status status = pool_check(pool, "pool_trim");
     if (status)
         return status;
     pool_work work;
@@ -535,7 +535,7 @@ vmm_status vmm_pool_trim(vmm_pool *pool, int wait) {
 }
 
 vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, void *user) {
-    vmm_status status = check_pool(pool, "pool_on_oom");
+    vmm_status status = pool_check(pool, "pool_on_oom");
     if (status)
         return status;
     pthread_mutex_lock(&pool->lock);
@@ -563,7 +563,7 @@ vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, void *user
 }
 
 vmm_status vmm_pool_capture_begin(vmm_pool *pool) {
-    vmm_status status = check_pool(pool, "pool_capture_begin");
+    vmm_status status = pool_check(pool, "pool_capture_begin");
     if (status)
         return status;
     /* A fence that is being taken, on any pool of the device, is done before the capture begins. */
@@ -575,7 +575,7 @@ vmm_status vmm_pool_capture_begin(vmm_pool *pool) {
 }
 
 vmm_status vmm_pool_capture_end(vmm_pool *pool) {
-    vmm_status status = check_pool(pool, "pool_capture_end");
+    vmm_status status = pool_check(pool, "pool_capture_end");
     if (status)
         return status;
     pthread_mutex_lock(&pool->device->fence_lock);
@@ -590,7 +590,7 @@ vmm_status vmm_pool_capture_end(vmm_pool *pool) {
 }
 
 vmm_status vmm_pool_statistics(vmm_pool *pool, vmm_pool_stats *out) {
-    vmm_status status = check_pool(pool, "pool_statistics");
+    vmm_status status = pool_check(pool, "pool_statistics");
     if (status)
         return status;
     if (!out)
@@ -649,7 +649,7 @@ static bool is_empty(vmm_pool *pool) {
 vmm_status vmm_pool_close(vmm_pool *pool) {
     if (pool && pool->process != vmm_process)
         return VMM_OK;
-    vmm_status status = check_pool(pool, "pool_close");
+    vmm_status status = pool_check(pool, "pool_close");
     if (status)
         return status;
     pool_work work;
@@ -659,8 +659,8 @@ vmm_status vmm_pool_close(vmm_pool *pool) {
     pthread_mutex_unlock(&pool->lock);
     if (live)
         status = vmm_fail(VMM_ERR_BUSY, "pool_close",
-                          "%zu tensor(s) of this pool on %s still live: close them and drop "
-                          "what was exported first",
+                          "%zu tensor(s) or allocation(s) of this pool on %s still live: close "
+                          "them and drop what was exported first",
                           live, pool->device->name);
     if (!status)
         status = reclaim(&work, true);

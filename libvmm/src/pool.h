@@ -73,7 +73,8 @@ struct vmm_pool {
     size_t in_use_bytes, free_bytes, queued_bytes, parked_bytes, peak_bytes;
     uint64_t fences_recorded;
     size_t live_ranges;
-    int captures; /* under the device's fence lock */
+    void *allocations; /* ranges by their address, see alloc.c */
+    int captures;      /* under the device's fence lock */
     pool_event *spare_events;
     pool_callback *callbacks;
     size_t n_callbacks;
@@ -106,6 +107,9 @@ static inline void pool_count(vmm_pool *pool, uint64_t *tensor_calls, vmm_call c
  * the end. */
 void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream);
 void pool_work_end(pool_work *work);
+
+/* May this call use the pool: it exists, here. */
+vmm_status pool_check(const vmm_pool *pool, const char *operation);
 
 /* Take a block of `bytes` for mapping, counted as in use. When there is none: blocks that
  * fences have released; smaller ones down to `smallest_bytes`, by halves; with `wait` those

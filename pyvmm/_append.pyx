@@ -1,0 +1,266 @@
+# cython: language_level=3, embedsignature=True
+"""Appending: to one tensor, or to many at once."""
+
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.pythread cimport PyThread_get_thread_ident
+from cpython.ref cimport PyObject
+
+from pyvmm._core cimport TensorCore
+from pyvmm._dlpack cimport Region
+from pyvmm._error cimport check
+from pyvmm._libvmm cimport (
+    VMM_STREAM_LEGACY,
+    vmm_append,
+    vmm_append_many,
+    vmm_array,
+    vmm_device,
+    vmm_length,
+    vmm_mapped,
+    vmm_pin,
+    vmm_status,
+    vmm_stream,
+    vmm_stream_wait,
+    vmm_tensor,
+    vmm_unpin,
+)
+from pyvmm._pool cimport Pool
+from pyvmm._source cimport Source, check_shape, close_source, describe, read_source
+from pyvmm._stream cimport drop_what_was_read, keep_until_read, stream_of
+from pyvmm._view cimport View
+
+# Copies up to this size are made without letting other threads run: they take less time
+# than a change of threads.
+cdef Py_ssize_t SHORT_COPY_BYTES = 65536
+
+
+cdef struct _Append:
+    PyObject *tensor  # both borrowed from the caller
+    PyObject *x
+    Source source
+    vmm_pin *pin  # on the rows of another tensor, where they are the source
+
+
+cdef int append_one(TensorCore tensor, object x, object stream) except -1:
+    """VTensor.append()."""
+    cdef _Append append
+    cdef vmm_array array
+    cdef vmm_tensor *handle
+    append.tensor = <PyObject *>tensor
+    append.x = <PyObject *>x
+    return _append_all(1, &append, &array, &handle, stream)
+
+
+def append_many(tensors, sources, stream=None):
+    """Append sources[i] to tensors[i], to all or to none of them.
+
+    tensors: VTensors of one device, each at most once
+    sources: as many arrays, see VTensor.append()
+    stream:  where the copies run, see VTensor.append()
+
+    On a GPU, sources in its memory are copied by one kernel launch for up to 32 tensors.
+    Raises what VTensor.append() does; then no tensor has changed."""
+    if not isinstance(tensors, (list, tuple)) or not isinstance(sources, (list, tuple)):
+        raise TypeError("append_many takes a list of tensors and a list of sources")
+    if len(tensors) != len(sources):
+        raise ValueError(f"{len(tensors)} tensors and {len(sources)} sources")
+    for tensor in tensors:
+        if not isinstance(tensor, TensorCore):
+            raise TypeError(f"append_many takes VTensors, not {type(tensor).__name__}")
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"tensors of one device are needed, not of {tensors[0].device} and {tensor.device}"
+            )
+    if len({id(tensor) for tensor in tensors}) != len(tensors):
+        raise ValueError("a tensor is named twice")
+    if not tensors:
+        return
+    cdef Py_ssize_t i, n = len(tensors)
+    cdef _Append *appends = <_Append *>PyMem_Malloc(n * sizeof(_Append))
+    cdef vmm_array *arrays = <vmm_array *>PyMem_Malloc(n * sizeof(vmm_array))
+    cdef vmm_tensor **handles = <vmm_tensor **>PyMem_Malloc(n * sizeof(vmm_tensor *))
+    # Lists of our own: the caller's may change while other threads run.
+    tensors, sources = list(tensors), list(sources)
+    try:
+        if appends == NULL or arrays == NULL or handles == NULL:
+            raise MemoryError
+        for i in range(n):
+            appends[i].tensor = <PyObject *>tensors[i]
+            appends[i].x = <PyObject *>sources[i]
+        _append_all(n, appends, arrays, handles, stream)
+    finally:
+        PyMem_Free(appends)
+        PyMem_Free(arrays)
+        PyMem_Free(handles)
+
+
+cdef int _append_all(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tensor **handles,
+                     object stream) except -1:
+    """Append to n tensors of one device. `arrays` and `handles` are room for n of each."""
+    cdef TensorCore first = <TensorCore>appends[0].tensor
+    cdef vmm_stream chosen = NULL
+    cdef Py_ssize_t i, n_read = 0
+    cdef bint foreign = False
+    if stream is not None:
+        stream_of(stream, &chosen)
+    if not first.on_host:
+        drop_what_was_read()
+    try:
+        for i in range(n):
+            _read(<TensorCore>appends[i].tensor, <object>appends[i].x, chosen, &appends[i])
+            n_read += 1
+            # Where the caller names no stream, the first producer does.
+            if chosen == NULL:
+                chosen = appends[i].source.producer
+                if chosen == NULL and appends[i].source.outlives:
+                    chosen = VMM_STREAM_LEGACY
+            arrays[i] = appends[i].source.array
+        if chosen == NULL:
+            chosen = VMM_STREAM_LEGACY
+        for i in range(n):
+            if _is_foreign(&appends[i].source, chosen):
+                foreign = True
+        if foreign:
+            _wait_for_producers(n, appends, chosen)
+        _copy(n, appends, arrays, handles, chosen)
+        if not first.on_host:
+            _after_copy(n, appends, chosen)
+    finally:
+        for i in range(n_read):
+            _close(&appends[i])
+    return 0
+
+
+cdef int _read(TensorCore target, object x, vmm_stream stream, _Append *out) except -1:
+    """Describe x. Where it fails, nothing is held."""
+    cdef View view
+    out.pin = NULL
+    if isinstance(x, TensorCore):
+        (<TensorCore>x).live("append")
+        return _read_rows(target, <TensorCore>x, 0, vmm_length((<TensorCore>x).handle), out)
+    if isinstance(x, View):
+        view = <View>x
+        return _read_rows(target, view.live("append"), view.start_, view.link.stop, out)
+    return read_source(x, &target.target, stream, &out.source)
+
+
+cdef int _read_rows(TensorCore target, TensorCore tensor, Py_ssize_t start, Py_ssize_t stop,
+                    _Append *out) except -1:
+    """Describe rows of a tensor, which may be the target."""
+    cdef Source *source = &out.source
+    cdef Region region
+    tensor.region_of(start, stop, &region)
+    source.producer = NULL
+    source.outlives = False
+    source.capsule = NULL
+    source.has_buffer = False
+    source.array.data = region.data
+    describe(source, &target.target, region.device, region.dtype, region.ndim, region.shape,
+             region.strides, 1)
+    if not tensor.on_host:
+        source.producer = VMM_STREAM_LEGACY
+        if tensor.last_stream != NULL:
+            source.producer = tensor.last_stream
+    out.pin = tensor.pin(stop)
+    return 0
+
+
+cdef void _close(_Append *append) noexcept:
+    close_source(&append.source)
+    if append.pin != NULL:
+        with nogil:
+            vmm_unpin(append.pin)
+        append.pin = NULL
+
+
+cdef bint _is_foreign(const Source *source, vmm_stream stream) noexcept:
+    """Does the producer work on another stream?"""
+    return source.producer != NULL and source.producer != stream
+
+
+cdef int _wait_for_producers(Py_ssize_t n, _Append *appends, vmm_stream stream) except -1:
+    """Order what the producers' streams have been given before the copy on `stream`."""
+    cdef Pool pool = (<TensorCore>appends[0].tensor).pool_
+    cdef vmm_device *device = pool.opened
+    cdef TensorCore owner
+    cdef vmm_stream producer
+    cdef vmm_status status
+    cdef Py_ssize_t i
+    for i in range(n):
+        check_shape(&appends[i].source, &(<TensorCore>appends[i].tensor).target)
+    for i in range(n):
+        producer = appends[i].source.producer
+        if not _is_foreign(&appends[i].source, stream):
+            continue
+        if appends[i].pin != NULL:
+            x = <object>appends[i].x
+            owner = <TensorCore>x if isinstance(x, TensorCore) else (<View>x).base_
+            owner.handoff(stream)
+            continue
+        with nogil:
+            status = vmm_stream_wait(device, stream, producer)
+        check(status)
+    return 0
+
+
+cdef int _copy(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tensor **handles,
+               vmm_stream stream) except -1:
+    cdef unsigned long me = PyThread_get_thread_ident()
+    cdef TensorCore tensor
+    cdef vmm_status status
+    cdef Py_ssize_t i = 0, n_bytes = 0
+    while i < n:
+        # All at once, or two threads could wait for each other's tensors.
+        i = i + 1 if (<TensorCore>appends[i].tensor).available("append") else 0
+    for i in range(n):
+        tensor = <TensorCore>appends[i].tensor
+        tensor.owner = me
+        handles[i] = tensor.handle
+        n_bytes += _bytes_if_short(tensor, &appends[i].source)
+    if n_bytes <= SHORT_COPY_BYTES:
+        # Neither the driver nor a lock of the pool has a part in it.
+        status = vmm_append_many(n, handles, arrays, stream)
+    else:
+        with nogil:
+            if n == 1:
+                status = vmm_append(handles[0], arrays, stream)
+            else:
+                status = vmm_append_many(n, handles, arrays, stream)
+    for i in range(n):
+        (<TensorCore>appends[i].tensor).leave()
+    check(status)
+    return 0
+
+
+cdef Py_ssize_t _bytes_if_short(TensorCore tensor, const Source *source) noexcept:
+    """The bytes of a copy on the host into mapped rows, more than SHORT_COPY_BYTES for any
+    other append."""
+    cdef Py_ssize_t n_rows
+    if tensor.on_host and source.array.ndim == tensor.target.ndim:
+        n_rows = source.shape[tensor.target.axis]
+        if (
+            n_rows <= SHORT_COPY_BYTES
+            and n_rows <= <Py_ssize_t>(vmm_mapped(tensor.handle) - vmm_length(tensor.handle))
+        ):
+            return min(n_rows * tensor.row_bytes, SHORT_COPY_BYTES + 1)
+    return SHORT_COPY_BYTES + 1
+
+
+cdef int _after_copy(Py_ssize_t n, _Append *appends, vmm_stream stream) except -1:
+    cdef Source *source
+    cdef Py_ssize_t i
+    kept = None
+    for i in range(n):
+        source = &appends[i].source
+        if source.shape[(<TensorCore>appends[i].tensor).target.axis] == 0:
+            continue
+        (<TensorCore>appends[i].tensor).last_stream = stream
+        # The producer takes memory that is dropped for work after ours on its own stream.
+        # On another it must not be dropped before the copy has been made.
+        if source.outlives or (_is_foreign(source, stream) and appends[i].pin == NULL):
+            kept = [] if kept is None else kept
+            kept.append(<object>appends[i].x)
+            if source.capsule != NULL:
+                kept.append(<object>source.capsule)
+    if kept is not None:
+        keep_until_read((<TensorCore>appends[0].tensor).pool_, stream, kept)
+    return 0

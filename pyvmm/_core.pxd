@@ -1,0 +1,56 @@
+from libc.stdint cimport int64_t
+
+from pyvmm._dlpack cimport Region
+from pyvmm._libvmm cimport vmm_pin, vmm_stream, vmm_tensor
+from pyvmm._pool cimport Pool
+from pyvmm._source cimport Target
+
+
+cdef struct Link:
+    # A live view in its tensor's list, so that truncation can mark it.
+    Link *next
+    Link **previous  # what points here; NULL outside of a list
+    Py_ssize_t stop
+    bint stale
+
+
+cdef class TensorCore:
+    cdef vmm_tensor *handle  # NULL once closed
+    cdef Pool pool_
+    cdef object dtype_
+    cdef str layout_
+    cdef object block_size_
+    cdef tuple strides_
+    cdef Target target  # its row_shape is the library's, and lives as long as the handle
+    cdef const int64_t *byte_strides  # likewise
+    cdef char *base
+    cdef Py_ssize_t capacity_
+    cdef Py_ssize_t row_bytes
+    cdef int itemsize
+    cdef bint on_host
+    cdef bint zero
+    cdef bytes format  # of the buffer protocol, None for none
+    cdef vmm_stream last_stream  # of the last append, NULL before it
+    cdef vmm_pin *interface_pin  # see __cuda_array_interface__
+    cdef Py_ssize_t interface_rows
+    cdef Link *views
+
+    # Calls that let other threads run shut them out: the thread inside, 0 for none.
+    cdef unsigned long owner
+    cdef int process
+    cdef bint given_up  # to be released when the owner has left
+    cdef object __weakref__
+
+    cdef void adopt(self, vmm_tensor *handle, Pool pool, object dtype, str layout,
+                    object block_size, bint zero)
+    cdef int live(self, str operation) except -1
+    cdef bint available(self, str operation) except -1
+    cdef vmm_tensor *enter(self, str operation) except NULL
+    cdef void leave(self) noexcept
+    cdef tuple shape_of(self, Py_ssize_t n_rows)
+    cdef int region_of(self, Py_ssize_t start, Py_ssize_t stop, Region *out) except -1
+    cdef vmm_pin *pin(self, Py_ssize_t n_rows) except NULL
+    cdef int handoff(self, vmm_stream stream) except -1
+
+
+cdef object no_copies(str what, str instead)
