@@ -128,7 +128,7 @@ $(BUILD)/append.fatbin: libvmm/src/append.cu libvmm/src/append.h $(BUILD)/nvcc
 
 # The same for AMD GPUs: one file with a code object for each of HIP_ARCHS.
 $(BUILD)/hipcc: FORCE
-	@mkdir -p build; echo '$(HIPCC) $(HIP_ARCHS)' | cmp -s - $@ || echo '$(HIPCC) $(HIP_ARCHS)' > $@
+	@mkdir -p $(BUILD); echo '$(HIPCC) $(HIP_ARCHS)' | cmp -s - $@ || echo '$(HIPCC) $(HIP_ARCHS)' > $@
 
 $(BUILD)/append.hipfb: libvmm/src/append.cu libvmm/src/append.h libvmm/src/append_hip.h $(BUILD)/hipcc
 	@if [ -z '$(HIPCC)' ]; then \

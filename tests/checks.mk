@@ -93,10 +93,10 @@ fuzz: build/fuzz/fuzz_vmm build/sim/libcuda.so.1
 	  -len_control=0 -timeout=60 -rss_limit_mb=6000 -malloc_limit_mb=6000 -print_final_stats=1 $(ARGS) \
 	  corpus $(CURDIR)/$(FUZZ_CORPUS)
 
-# The fewest inputs that reach what all of them reach.
+# The fewest inputs that reach every place that all of them reach: what to commit.
 fuzz-merge: build/fuzz/fuzz_vmm build/sim/libcuda.so.1
 	rm -rf build/fuzz/merged && mkdir -p build/fuzz/merged
-	cd build/fuzz && $(FUZZ_ENV) ./fuzz_vmm -merge=1 -max_len=512 -rss_limit_mb=6000 \
-	  -malloc_limit_mb=6000 merged $(CURDIR)/$(FUZZ_CORPUS) corpus
+	cd build/fuzz && $(FUZZ_ENV) ./fuzz_vmm -merge=1 -set_cover_merge=1 -use_counters=0 \
+	  -max_len=512 -rss_limit_mb=6000 -malloc_limit_mb=6000 merged $(CURDIR)/$(FUZZ_CORPUS) corpus
 	@echo "build/fuzz/merged: $$(ls build/fuzz/merged | wc -l) inputs," \
 	  "$$(cat build/fuzz/merged/* | wc -c) bytes"
