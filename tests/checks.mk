@@ -1,12 +1,11 @@
 # ---- checks -----------------------------------------------------------------------
-# The C tests once more, each time built in a folder of its own, with what finds errors that
-# a test does not see. Minutes each, so not part of `make test`.
+# The C tests and sweeps once more, each time built in a folder of its own, with what finds
+# errors that a test does not see. Minutes each, so not part of `make test`.
+.PHONY: check-san check-asan check-tsan check-valgrind coverage fuzz fuzz-merge fuzz-objects \
+        check-clang
 
 # $(1): the folder; $(2): flags of every compile and link.
 build_checked = $(MAKE) --no-print-directory BUILD=$(1) CFLAGS='$(2)' LDFLAGS='$(2)' test-programs
-
-# The C tests are the programs that run_tests.py runs; sweeps are among them.
-.PHONY: check-san check-asan check-tsan check-valgrind coverage fuzz
 
 SANITIZED := -O1 -g -fno-omit-frame-pointer
 ASAN_FLAGS := $(SANITIZED) -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -16,8 +15,7 @@ check-san: check-asan check-tsan
 
 check-asan:
 	@$(call build_checked,build/asan,$(ASAN_FLAGS))
-	@LSAN_OPTIONS=suppressions=$(CURDIR)/tests/lsan.supp:print_suppressions=0 \
-	  $(PYTHON) tests/run_tests.py --c-only --build build/asan
+	@$(PYTHON) tests/run_tests.py --c-only --build build/asan
 
 # Without address randomisation: older kernels and sanitizers disagree on where a program
 # may lie.
@@ -28,8 +26,7 @@ check-tsan:
 # Memory that is lost for good fails; what is still reachable at exit does not, for the
 # library need not be closed.
 VALGRIND := valgrind --quiet --error-exitcode=99 --leak-check=full \
-  --errors-for-leak-kinds=definite,indirect --show-leak-kinds=definite,indirect \
-  --suppressions=$(CURDIR)/tests/valgrind.supp
+  --errors-for-leak-kinds=definite,indirect --show-leak-kinds=definite,indirect
 check-valgrind: test-programs
 	@command -v valgrind >/dev/null || { echo 'missing: apt install valgrind' >&2; exit 1; }
 	@$(PYTHON) tests/run_tests.py --c-only --only '^test_' --under '$(VALGRIND)'
@@ -68,10 +65,8 @@ FUZZ_FLAGS := $(SANITIZED) -fsanitize=fuzzer-no-link,address,undefined \
   -fno-sanitize=function -fno-sanitize-recover=undefined
 # Refused allocations are tested, too: tensors with millions of lanes get none.
 FUZZ_ENV := VMM_CUDA_LIBRARY=$(CURDIR)/build/sim/libcuda.so.1 \
-  ASAN_OPTIONS=allocator_may_return_null=1:max_allocation_size_mb=32 \
-  LSAN_OPTIONS=suppressions=$(CURDIR)/tests/lsan.supp:print_suppressions=0
+  ASAN_OPTIONS=allocator_may_return_null=1:max_allocation_size_mb=32
 
-.PHONY: check-clang fuzz-merge
 check-clang:
 	@[ -n '$(CLANG)' ] || { echo 'missing: clang with its run-time library. On Debian and' \
 	  'Ubuntu: apt install clang-19 libclang-rt-19-dev (or what is newest)' >&2; exit 1; }
@@ -84,7 +79,6 @@ build/fuzz/fuzz_vmm: tests/fuzz/fuzz_vmm.c tests/fuzz/shadow.h tests/c/check.h \
 	$(CLANG) $(FUZZ_FLAGS) -fsanitize=fuzzer -std=c11 -Wall -Wextra -Ilibvmm/include -Itests/c \
 	  -Itests/sim -o $@ $< build/fuzz/obj/*.o -pthread -ldl -lm
 
-.PHONY: fuzz-objects
 fuzz-objects: $(LIB_OBJECTS) $(BUILD)/obj/append_image.o
 
 fuzz: build/fuzz/fuzz_vmm build/sim/libcuda.so.1

@@ -58,9 +58,7 @@ def code(text):
 def files_table(files):
     yield "| file | lines | reached | branches | taken |"
     yield "|---|---:|---:|---:|---:|"
-    counts = [
-        (f.n_lines, len(f.missed_lines), f.n_branches, f.n_missed_branches) for f in files
-    ]
+    counts = [(f.n_lines, len(f.missed_lines), f.n_branches, f.n_missed_branches) for f in files]
     for file, of_file in zip(files, counts, strict=True):
         yield row(f"`{file.path}`", *of_file)
     yield row("all", *(sum(column) for column in zip(*counts, strict=True)))

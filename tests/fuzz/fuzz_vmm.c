@@ -273,8 +273,8 @@ static void do_pool_close(void) {
     if (i < 0)
         return;
     unsigned expected = BIT(VMM_OK) | (is_capturing() ? BIT(VMM_ERR_CAPTURING) : 0);
-    vmm_status status = TRY(has_tensors(i) ? BIT(VMM_ERR_BUSY) : expected,
-                            vmm_pool_close(w.pools[i].pool));
+    vmm_status status =
+        TRY(has_tensors(i) ? BIT(VMM_ERR_BUSY) : expected, vmm_pool_close(w.pools[i].pool));
     if (!status)
         w.pools[i] = (pool_slot){0};
 }
@@ -380,8 +380,7 @@ static bool is_valid_spec(const vmm_spec *spec) {
     int bits = spec->dtype.bits;
     return (bits == 8 || bits == 16 || bits == 32 || bits == 64 || bits == 128) &&
            spec->dtype.lanes == 1 &&
-           (spec->block_bytes == VMM_BLOCK_AUTO ||
-            spec->block_bytes % w.f.granularity_bytes == 0);
+           (spec->block_bytes == VMM_BLOCK_AUTO || spec->block_bytes % w.f.granularity_bytes == 0);
 }
 
 static void do_reserve(void) {
@@ -390,9 +389,13 @@ static void do_reserve(void) {
     static const size_t capacities[] = {
         1, 0, 255, SIZE_MAX, SIZE_MAX / 2, (size_t)1 << 40, (size_t)1 << 62, 65537};
     size_t granularity = w.f.granularity_bytes;
-    const size_t blocks[] = {
-        0, VMM_BLOCK_AUTO, granularity, 2 * granularity, 5 * granularity, granularity / 2,
-        granularity + 1};
+    const size_t blocks[] = {0,
+                             VMM_BLOCK_AUTO,
+                             granularity,
+                             2 * granularity,
+                             5 * granularity,
+                             granularity / 2,
+                             granularity + 1};
     const size_t odd_blocks[] = {SIZE_MAX - 1, (size_t)1 << 62, (size_t)1 << 40, 3};
     int64_t shape[VMM_MAX_NDIM + 1] = {1, 1, 1, 1, 1, 1, 1, 1, 1};
     int i = any_pool();
@@ -465,8 +468,8 @@ static void do_map(void) {
         return;
     size_t n = any_rows(s), before = s->mapped;
     begin(s);
-    vmm_status status = TRY(n > s->spec.capacity ? BIT(VMM_ERR_CAPACITY) : OK_OR_NO_MEMORY,
-                            vmm_map(s->tensor, n));
+    vmm_status status =
+        TRY(n > s->spec.capacity ? BIT(VMM_ERR_CAPACITY) : OK_OR_NO_MEMORY, vmm_map(s->tensor, n));
     end(status);
     if (!status)
         CHECK(s->mapped >= n && s->mapped >= before);
@@ -703,8 +706,8 @@ static void do_pin(void) {
         return;
     const size_t rows[] = {0, s->length / 2, s->length, s->length + 1, SIZE_MAX};
     size_t n = PICK(rows);
-    vmm_status status = TRY(n > s->length ? BIT(VMM_ERR_INVALID) : BIT(VMM_OK),
-                            vmm_pin_rows(s->tensor, n, &pin));
+    vmm_status status =
+        TRY(n > s->length ? BIT(VMM_ERR_INVALID) : BIT(VMM_OK), vmm_pin_rows(s->tensor, n, &pin));
     CHECK(!status == (pin != NULL));
     if (status)
         return;
@@ -824,11 +827,11 @@ static void do_failure(void) {
 /* ---- an input --------------------------------------------------------------------------------- */
 
 static void (*const operations[])(void) = {
-    do_reserve,  do_append,   do_grow,      do_append,       do_failure,     do_truncate,
-    do_trim,     do_map,      do_fork,      do_append_many,  do_pin,         do_unpin,
-    do_close,    do_release,  do_pool_trim, do_pool_create,  do_pool_close,  do_pool_release,
-    do_capture,  do_hook,     do_handoff,   do_stream_wait,  do_event,       do_device,
-    do_nothing,  do_reserve,  do_append,    do_failure,      do_grow,        do_append,
+    do_reserve, do_append,  do_grow,      do_append,      do_failure,    do_truncate,
+    do_trim,    do_map,     do_fork,      do_append_many, do_pin,        do_unpin,
+    do_close,   do_release, do_pool_trim, do_pool_create, do_pool_close, do_pool_release,
+    do_capture, do_hook,    do_handoff,   do_stream_wait, do_event,      do_device,
+    do_nothing, do_reserve, do_append,    do_failure,     do_grow,       do_append,
 };
 
 static void open_world(const char *device) {
