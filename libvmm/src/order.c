@@ -166,27 +166,38 @@ vmm_status vmm_event_record(vmm_device *device, vmm_stream stream, vmm_event **o
     vmm_status status = check_device(device, "event_record");
     if (status)
         return status;
+    const driver_ops *ops = device->ops;
+    uint64_t capture = 0;
+    if (!stream)
+        stream = VMM_STREAM_LEGACY;
+    if (ops->is_async) {
+        status = ops->stream_check(device->state, stream);
+        if (!status)
+            status = ops->stream_capture(device->state, stream, &capture);
+    }
+    if (status)
+        return status;
+    if (capture)
+        return vmm_fail(VMM_ERR_CAPTURING, "event_record",
+                        "an event within a capture is never done: record it after the graph has "
+                        "been launched");
     vmm_event *event = calloc(1, sizeof *event);
     if (!event)
         return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "event_record", "no host memory left");
-    event->device = vmm_device_retain(device);
-    if (device->ops->is_async) {
-        if (!stream)
-            stream = VMM_STREAM_LEGACY;
-        status = device->ops->stream_check(device->state, stream);
-        if (!status)
-            status = device->ops->event_create(device->state, &event->event);
+    if (ops->is_async) {
+        status = ops->event_create(device->state, &event->event);
         if (status) {
-            vmm_device_close(device);
             free(event);
             return status;
         }
-        status = device->ops->event_record(device->state, event->event, stream);
+        status = ops->event_record(device->state, event->event, stream);
         if (status) {
-            vmm_event_close(event);
+            ops->event_destroy(device->state, event->event);
+            free(event);
             return status;
         }
     }
+    event->device = vmm_device_retain(device);
     *out = event;
     return VMM_OK;
 }

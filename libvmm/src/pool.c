@@ -365,7 +365,9 @@ void pool_drain(vmm_pool *pool) {
     if (pool->device->ops->is_async)
         return;
     /* Again, if another thread queued something after the list was taken and before the lock
-     * was free for it. What the driver refuses is parked and no news. */
+     * was free for it. What the driver refuses is parked and no news. Either we see its news
+     * here, having let go of the lock, or it finds the lock free: never neither. */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
     while (__atomic_load_n(&pool->has_news, __ATOMIC_ACQUIRE) &&
            pthread_mutex_trylock(&pool->work) == 0) {
         pool_work work = {pool, NULL, VMM_STREAM_NONE};

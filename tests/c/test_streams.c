@@ -264,6 +264,7 @@ static void test_capture(const fixture *f, int mode) {
     fixture own = *f;
     vmm_spec spec = make_spec(6 * f->granularity_bytes / ROW_BYTES);
     void *stream = new_stream(), *outside = new_stream(), *graph, *exec;
+    vmm_event *event;
     int64_t row_shape[] = {1, ROW_BYTES};
     uint8_t host_row[ROW_BYTES] = {0};
     vmm_array host_source = {.data = host_row, .dtype = VMM_UINT8, .ndim = 2, .shape = row_shape};
@@ -283,6 +284,9 @@ static void test_capture(const fixture *f, int mode) {
     append_row(&m, &r, 10, stream);
     CHECK_STATUS(vmm_append(m.tensor, &host_source, stream), VMM_ERR_CAPTURING);
     CHECK_STATUS(vmm_handoff(m.tensor, outside), VMM_ERR_CAPTURING);
+    CHECK_STATUS(vmm_stream_wait(f->device, outside, stream), VMM_ERR_CAPTURING);
+    CHECK_STATUS(vmm_event_record(f->device, stream, &event), VMM_ERR_CAPTURING);
+    CHECK(!event && strstr(vmm_last_error()->message, "capture"));
     CHECK_OK(vmm_handoff(m.tensor, stream));
     free(dropped.numbers);
     CHECK_OK(vmm_close(dropped.tensor));

@@ -174,8 +174,10 @@ static void report(const char *operation, const config *c, int flags, fault_kind
            operation, c->device, c->is_cuda ? version : "0",
            flags & ONE_LAYOUT ? "-" : layout_names[c->layout],
            flags & ONE_BLOCKS ? "-" : block_names[c->blocks],
-           flags & ONE_SIZE ? "-" : c->is_fixed ? "fixed" : "auto", kind_names[kind], t->calls,
-           t->points, t->refused, t->absorbed, t->parked);
+           flags & ONE_SIZE ? "-"
+           : c->is_fixed    ? "fixed"
+                            : "auto",
+           kind_names[kind], t->calls, t->points, t->refused, t->absorbed, t->parked);
 }
 
 static bool try_fault(const scene *scene, const config *config, const fault *fault, tally *tally) {
@@ -211,12 +213,13 @@ static void sweep(const scene *scene, const config *config, fault_kind kind) {
         fault fault = {kind, "cuMemSetAccess", 1, CUDA_NOT_READY, n};
         try_fault(scene, config, &fault, &tally);
     }
-    report(scene ? scene->name : "device_open", config, scene ? scene->flags : ~0, kind, &tally);
+    report(scene ? scene->name : "device_open", config,
+           scene ? scene->flags : ONE_LAYOUT | ONE_BLOCKS | ONE_SIZE, kind, &tally);
 }
 
 static void sweep_scene(const scene *scene, config config, fault_kind kind) {
-    int flags = scene ? scene->flags : ~CUDA_ONLY;
-    if (flags & CUDA_ONLY && !config.is_cuda)
+    int flags = scene ? scene->flags : ONE_LAYOUT | ONE_BLOCKS | ONE_SIZE;
+    if (flags & (config.is_cuda ? HOST_ONLY : CUDA_ONLY))
         return;
     for (int layout = 0; layout < (flags & ONE_LAYOUT ? 1 : 3); layout++)
         for (int blocks = 0; blocks < (flags & ONE_BLOCKS ? 1 : BLOCK_KINDS); blocks++)

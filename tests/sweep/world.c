@@ -282,13 +282,13 @@ void world_close(world *w) {
         unsigned long long bytes;
         the_simulator()->live(&handles, &mappings, &reservations, &bytes);
         the_simulator()->live_objects(NULL, &events, NULL, NULL);
-        if (handles || mappings || reservations || bytes || events > w->at_start->events + w->lost_events)
+        if (handles || mappings || reservations || bytes ||
+            events > w->at_start->events + w->lost_events)
             FAIL("left: %ld handles, %ld mappings, %ld reservations, %llu bytes, %ld events",
                  handles, mappings, reservations, bytes, events);
     }
     CHECK_SIZE(faults_reserved_bytes(), w->at_start->reserved_bytes);
     CHECK_SIZE(faults_open_bytes(), 0);
     if (faults_live_blocks() != w->at_start->live_blocks)
-        FAIL("%ld allocations of libvmm are left",
-             faults_live_blocks() - w->at_start->live_blocks);
+        FAIL("%ld allocations of libvmm are left", faults_live_blocks() - w->at_start->live_blocks);
 }
