@@ -35,7 +35,7 @@ endif
 CFLAGS ?= -O2 -g
 WERROR ?= -Werror
 C_FLAGS = -std=c11 -Wall -Wextra $(WERROR) -fPIC -pthread -MMD -MP -Ilibvmm/include $(CFLAGS)
-LIB_FLAGS = $(C_FLAGS) -fvisibility=hidden
+LIB_FLAGS = $(C_FLAGS) -fvisibility=hidden $(LIB_CFLAGS)
 TEST_FLAGS = $(C_FLAGS) -Ilibvmm/src -Itests/c -Itests/sim
 LINK_VMM = -L$(BUILD) -lvmm -Wl,-rpath,$(CURDIR)/$(BUILD) -pthread -ldl -lm
 
