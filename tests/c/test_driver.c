@@ -2,24 +2,8 @@
  * What can be had is used: the fatbin from CUDA 13 on, PTX before and where it is forced. */
 #include "check.h"
 
-#include <sys/wait.h>
-#include <unistd.h>
-
 static const char *expected_text;
 static vmm_status expected_status;
-
-/* In a process of its own, since a driver is looked for once. */
-static int in_child(int (*test)(void)) {
-    int status;
-    pid_t child = fork();
-
-    CHECK(child >= 0);
-    if (child == 0)
-        exit(test()); /* by exit(), which writes down what was covered */
-    CHECK(waitpid(child, &status, 0) == child);
-    CHECK(WIFEXITED(status));
-    return WEXITSTATUS(status);
-}
 
 static int open_refused(void) {
     vmm_device *device = (vmm_device *)&expected_status;

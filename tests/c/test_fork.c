@@ -8,7 +8,7 @@
 
 static const int64_t shape[] = {0, 4096}; /* uint8 */
 
-static int in_child(fixture *f, model *m, vmm_pin *pin) {
+static int be_the_child(fixture *f, model *m, vmm_pin *pin) {
     int64_t row_shape[] = {1, 4096};
     uint8_t row[4096] = {0};
     vmm_array source = {.data = row, .dtype = VMM_UINT8, .ndim = 2, .shape = row_shape};
@@ -73,7 +73,7 @@ int main(int argc, char **argv) {
     pid_t child = fork();
     CHECK(child >= 0);
     if (child == 0)
-        exit(in_child(&f, &m, pin)); /* by exit(), which writes down what was covered */
+        exit(be_the_child(&f, &m, pin)); /* by exit(), which writes down what was covered */
     CHECK(waitpid(child, &status, 0) == child);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 
