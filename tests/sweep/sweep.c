@@ -96,6 +96,10 @@ static void say_where(void) {
            current_call ? current_call : "not yet", f->code, f->times);
 }
 
+void say_no_more(void) {
+    current_config = NULL;
+}
+
 static void on_signal(int number) {
     printf("signal %d: memory that should be accessible is not\n", number);
     say_where();
@@ -274,7 +278,7 @@ int main(int argc, char **argv) {
                 sweep_scene(&scenes[i], config, (fault_kind)kind);
         }
     vmm_device_close(device);
-    current_config = NULL;
+    say_no_more();
     if (!as_json)
         printf("%ld sweeps, %ld failure points: %ld refused (%ld with memory parked), "
                "%ld done all the same\n",

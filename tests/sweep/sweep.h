@@ -182,4 +182,7 @@ typedef struct tally {
 /* Returns false when the operation makes no such call. */
 bool sweep_open(const char *device, const fault *fault, tally *tally);
 
+/* The program ends well: no message of where it was. */
+void say_no_more(void);
+
 #endif /* SWEEP_H */
