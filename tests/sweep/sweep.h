@@ -153,6 +153,9 @@ const simulator *the_simulator(void);
 
 /* ---- sweep.c ----------------------------------------------------------------------------- */
 
+/* The program ends well: no message of where it was. */
+void say_no_more(void);
+
 /* What is made to fail. */
 typedef struct fault {
     fault_kind kind;
@@ -181,8 +184,5 @@ typedef struct tally {
 
 /* Returns false when the operation makes no such call. */
 bool sweep_open(const char *device, const fault *fault, tally *tally);
-
-/* The program ends well: no message of where it was. */
-void say_no_more(void);
 
 #endif /* SWEEP_H */
