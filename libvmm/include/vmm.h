@@ -238,7 +238,8 @@ VMM_API vmm_status vmm_pool_close(vmm_pool *pool);
 
 /* vmm_pool_release() - give the pool up without failing and without a driver call: from a
  * destructor, on any thread. Tensors of it go on. What it holds is returned by a later
- * call on any pool of the device, once nothing uses it. NULL is ignored. */
+ * call on any pool of the device, once nothing uses it. Capture brackets of it that are open
+ * end. NULL is ignored. */
 VMM_API void vmm_pool_release(vmm_pool *pool);
 
 typedef void *vmm_stream; /* a CUstream. NULL is the legacy default stream. Ignored on the host */

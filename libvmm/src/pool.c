@@ -616,6 +616,17 @@ vmm_status vmm_pool_statistics(vmm_pool *pool, vmm_pool_stats *out) {
     return VMM_OK;
 }
 
+/* No one can end the brackets of a pool that is given up. Without any there is nothing to wait
+ * for: a destructor may be here, and the lock may be held across a fence. */
+static void end_captures(vmm_pool *pool) {
+    if (!pool->captures)
+        return;
+    pthread_mutex_lock(&pool->device->fence_lock);
+    pool->device->captures -= pool->captures;
+    pool->captures = 0;
+    pthread_mutex_unlock(&pool->device->fence_lock);
+}
+
 /* Free a pool that holds nothing any more. */
 static void destroy(vmm_pool *pool) {
     const driver_ops *ops = pool->device->ops;
@@ -626,11 +637,7 @@ static void destroy(vmm_pool *pool) {
         free(event);
     }
     vmm_device *device = pool->device;
-    if (pool->captures) { /* not otherwise: a destructor may be here, and waits for no driver */
-        pthread_mutex_lock(&device->fence_lock);
-        device->captures -= pool->captures;
-        pthread_mutex_unlock(&device->fence_lock);
-    }
+    end_captures(pool);
     pthread_mutex_destroy(&pool->work);
     pthread_mutex_destroy(&pool->lock);
     free(pool->callbacks);
@@ -681,6 +688,7 @@ vmm_status vmm_pool_close(vmm_pool *pool) {
 void vmm_pool_release(vmm_pool *pool) {
     if (!pool || pool->process != vmm_process)
         return;
+    end_captures(pool);
     if (is_empty(pool) && !pool->spare_events)
         destroy(pool);
     else

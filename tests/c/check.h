@@ -5,6 +5,7 @@
  *   struct fixture                  a device and a pool, from argv[1]
  *   cuda()                          the GPU driver that libvmm uses, called directly
  *   model_*                         what a tensor must hold, row by row
+ *   in_child()                      a test in a process of its own
  */
 #ifndef CHECK_H
 #define CHECK_H
@@ -17,6 +18,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <vmm.h>
 
@@ -24,6 +27,17 @@
 #define MIB ((size_t)1 << 20)
 #define GIB ((size_t)1 << 30)
 #define LENGTH_OF(array) (sizeof(array) / sizeof(array)[0])
+
+/* Limits on memory mean nothing under a sanitizer, which needs much itself, and under valgrind,
+ * which does not enforce them. */
+static inline bool has_memory_limits(void) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    return false;
+#else
+    const char *preloaded = getenv("LD_PRELOAD");
+    return !preloaded || !strstr(preloaded, "vgpreload");
+#endif
+}
 
 #define FAIL(...)                                                                                  \
     do {                                                                                           \
@@ -503,6 +517,22 @@ static inline void model_check_rows(const model *m, size_t begin, size_t end) {
 static inline void model_check(const model *m) {
     model_check_books(m);
     model_check_rows(m, 0, m->length);
+}
+
+/* ---- a process of its own, which has opened nothing yet ------------------------------- */
+
+/* A driver is looked for once in a process. Returns what `test` does. */
+static inline int in_child(int (*test)(void)) {
+    int status;
+    pid_t child = fork();
+
+    CHECK(child >= 0);
+    if (child == 0)
+        exit(test()); /* by exit(), which writes down what was covered */
+    CHECK(waitpid(child, &status, 0) == child);
+    if (!WIFEXITED(status))
+        FAIL("the child ended with status %#x", (unsigned)status);
+    return WEXITSTATUS(status);
 }
 
 /* ---- numbers by chance, the same in every run ---------------------------------------- */

@@ -3,24 +3,6 @@
 #include "check.h"
 
 #include <sys/resource.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-/* Run `test` in a process of its own, which has opened nothing yet. */
-static void in_child(int (*test)(void)) {
-    int status;
-    pid_t child = fork();
-
-    CHECK(child >= 0);
-    if (child == 0) {
-        status = test();
-        fflush(stdout);
-        _exit(status);
-    }
-    CHECK(waitpid(child, &status, 0) == child);
-    if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
-        FAIL("the child ended with status %#x", (unsigned)status);
-}
 
 static int without_driver(void) {
     vmm_device *device = NULL;
@@ -56,6 +38,8 @@ static int under_address_limit(void) {
     vmm_pool *pool;
     vmm_tensor *tensor;
 
+    if (!has_memory_limits())
+        return 0;
     CHECK_OK(vmm_device_open("host", &device));
     CHECK(setrlimit(RLIMIT_AS, &limit) == 0);
     CHECK_OK(vmm_device_query(device, &info));
@@ -175,9 +159,9 @@ static void test_capture_mode(const fixture *f) {
 }
 
 int main(int argc, char **argv) {
-    in_child(without_driver);
-    in_child(with_another_library);
-    in_child(under_address_limit);
+    CHECK(in_child(without_driver) == 0);
+    CHECK(in_child(with_another_library) == 0);
+    CHECK(in_child(under_address_limit) == 0);
 
     fixture f = fixture_open(argc, argv, 0, 0);
     test_names();

@@ -65,6 +65,8 @@ int main(int argc, char **argv) {
     fixture f = fixture_open(argc, argv, 0, 0);
     if (f.is_cuda && !dlsym(cuda_library(), "vmm_sim_version"))
         SKIP("a GPU's memory is not ours to exhaust: the simulated driver's is");
+    if (!f.is_cuda && !has_memory_limits())
+        SKIP("no limit of memory is in force under a sanitizer or valgrind");
     if (!f.is_cuda)
         limit_host_memory(128 * MIB);
     run(&f, VMM_BLOCK_AUTO);

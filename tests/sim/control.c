@@ -307,6 +307,11 @@ void vmm_sim_strict(int aborts) {
     pthread_mutex_unlock(&sim.lock);
 }
 
+bool sim_lacks(const char *what) {
+    const char *lacking = getenv("VMM_SIM_LACKS");
+    return lacking && strcmp(lacking, what) == 0;
+}
+
 /* ---- the environment, the end ------------------------------------------------------------- */
 static unsigned long long number(const char *name, unsigned long long otherwise) {
     const char *text = getenv(name);

@@ -180,7 +180,8 @@ static CUresult find(const char *name, void **out, int version, uint64_t flags, 
     int state = CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
     *out = NULL;
     for (size_t i = 0; i < N_ENTRIES; i++) {
-        if (strcmp(entries[i].name, name) != 0 || entries[i].version > sim.driver_version)
+        if (strcmp(entries[i].name, name) != 0 || sim_lacks(name) ||
+            entries[i].version > sim.driver_version)
             continue;
         if (state == CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND)
             state = CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT;

@@ -148,6 +148,8 @@ CUresult sim_refuse(CUresult status, const char *format, ...) __attribute__((for
 CUresult sim_late(const char *format, ...) __attribute__((format(printf, 1, 2)));
 const char *sim_call_name(sim_call call);
 unsigned long long sim_random(void);
+/* VMM_SIM_LACKS names it. */
+bool sim_lacks(const char *what);
 
 /* In what the library is CUDA's or HIP's: in entry.c and hip_entry.c, of which it has one. */
 typedef struct sim_vendor {

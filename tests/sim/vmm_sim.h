@@ -13,6 +13,8 @@
  *   VMM_SIM_GRANULARITY     of physical blocks, a power of two >= 4096 (2 MiB)
  *   VMM_SIM_DRIVER_VERSION  what cuDriverGetVersion says (13000); newer entry points are absent.
  *                           hipRuntimeGetVersion: 60342134
+ *   VMM_SIM_LACKS           a call that cuGetProcAddress does not find ("cuMemMap"), or "vmm":
+ *                           devices without virtual memory management
  *   VMM_SIM_SEED            of the delays (1)
  *   VMM_SIM_DELAY_US        every piece of device work is late by 0 to this many microseconds;
  *                           not set: one in eight by up to 20; 0: none

@@ -102,6 +102,10 @@ static void say_where(void) {
            current_call ? current_call : "not yet", f->code, f->times);
 }
 
+void say_no_more(void) {
+    current_config = NULL;
+}
+
 static void on_signal(int number) {
     printf("signal %d: memory that should be accessible is not\n", number);
     say_where();
@@ -259,6 +263,8 @@ int main(int argc, char **argv) {
     faults_begin();
     if (config.is_cuda && !dlsym(cuda_library(), "vmm_sim_version"))
         SKIP("a real driver cannot be made to fail: the simulated one can");
+    if (!config.is_cuda && !faults_possible())
+        SKIP("under a sanitizer only the simulated driver can be made to fail");
     for (int kind = 0; kind < FAULT_KINDS; kind++) {
         if ((kind == FAULT_DRIVER && !config.is_cuda) || (kind == FAULT_SYSTEM && config.is_cuda) ||
             (is_old && kind != FAULT_DRIVER))
@@ -278,7 +284,7 @@ int main(int argc, char **argv) {
                 sweep_scene(&scenes[i], config, (fault_kind)kind);
         }
     vmm_device_close(device);
-    current_config = NULL;
+    say_no_more();
     if (!as_json)
         printf("%ld sweeps, %ld failure points: %ld refused (%ld with memory parked), "
                "%ld done all the same\n",

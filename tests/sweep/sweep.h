@@ -152,6 +152,9 @@ const simulator *the_simulator(void);
 
 /* ---- sweep.c ----------------------------------------------------------------------------- */
 
+/* The program ends well: no message of where it was. */
+void say_no_more(void);
+
 /* What is made to fail. */
 typedef struct fault {
     fault_kind kind;
