@@ -52,7 +52,7 @@ coverage: $(call have,coverage)
 	  --html-details build/coverage/html/index.html \
 	  --txt build/coverage/coverage.txt --txt-metric branch
 	@$(VENV_PYTHON) tests/coverage_report.py build/coverage/coverage.json
-	@$(GCOVR) -a build/coverage/coverage.json --txt-summary --txt /dev/null \
+	@$(GCOVR) -a build/coverage/coverage.json --txt-summary --txt build/coverage/summary.txt \
 	  --fail-under-line 95 --fail-under-branch 90
 
 # ---- fuzzing ----------------------------------------------------------------------
