@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-if os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
     pytest.skip("the simulated driver's memory is not a GPU's", allow_module_level=True)
 torch = pytest.importorskip("torch", reason="torch is not installed")
 if not torch.cuda.is_available():

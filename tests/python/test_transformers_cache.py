@@ -23,7 +23,7 @@ def place(request):
         if os.environ.get("PYVMM_TEST_DEVICE", "host") != "host":
             pytest.skip("the host is tested without PYVMM_TEST_DEVICE")
         return request.param
-    if os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+    if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
         pytest.skip("the simulated driver's memory is not a GPU's: torch cannot use it")
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
@@ -478,7 +478,7 @@ def test_budget(place):
 
 
 def test_streams():
-    if os.environ.get("PYVMM_TEST_DEVICE") == "sim" or not torch.cuda.is_available():
+    if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip") or not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     layer = VMMLayer(4096)
     stream = torch.cuda.Stream()
