@@ -222,6 +222,8 @@ def test_methods_as_dynamic_layer(place, layout, method, n):
     for layer in (ours, theirs):
         if n:
             layer.update(states(place, n, batch=3), states(place, n, batch=3, seed=1))
+        elif layer is theirs:
+            continue  # which does not bear all of them
         METHODS[method](layer)
         if n and method == "offload":
             assert layer.keys.device.type == "cpu"
@@ -608,8 +610,7 @@ def test_budget(place):
 
 
 def test_streams():
-    if os.environ.get("PYVMM_TEST_DEVICE") == "sim" or not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
+    models.skip_place("cuda:0")
     layer = VMMLayer(4096)
     stream = torch.cuda.Stream()
     k = torch.zeros(2, 3, 1, 8, device="cuda")

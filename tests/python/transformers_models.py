@@ -44,7 +44,8 @@ def config_of(kind):
             pad_token_id=0,
             decoder_start_token_id=0,
             eos_token_id=None,
-            initializer_factor=2.0,
+            initializer_factor=4.0,
+            tie_word_embeddings=False,
         )
     return transformers.Gemma3TextConfig(
         **DECODER_SIZES,

@@ -134,13 +134,20 @@ def test_prompt_lookup(model):
     assert_same(model, prompt(PLACE, length=6).repeat(1, 4), prompt_lookup_num_tokens=4)
 
 
+def is_sliding(model):
+    return getattr(model.config, "sliding_window", None) is not None
+
+
 def test_assisted(model):
-    kind = next(kind for kind in MODELS if model.config.model_type.startswith(kind))
-    assistant = models.model_of(kind, PLACE, seed=1)
-    assert_same(model, prompt(PLACE), assistant_model=assistant)
+    # transformers' own sliding layers cannot be an assistant's past their window.
+    is_t5 = model.config.is_encoder_decoder
+    kind = "t5" if is_t5 else "qwen2" if model.config.model_type == "qwen2" else "llama"
+    assert_same(model, prompt(PLACE), assistant_model=models.model_of(kind, PLACE, seed=1))
 
 
 def test_assisted_by_itself(model):
+    if is_sliding(model):
+        pytest.skip("a model with sliding layers cannot be transformers' assistant")
     # Every candidate is right: nothing is cropped.
     assert_same(model, prompt(PLACE), assistant_model=copy.deepcopy(model))
 
@@ -151,28 +158,21 @@ def test_prefill_in_chunks(model):
     assert_same(model, prompt(PLACE, length=50), prefill_chunk_size=16)
 
 
-def turn_of(model, cache, input_ids, answered):
-    """One more turn of a conversation."""
-    if model.config.is_encoder_decoder:
-        answer = generate(model, input_ids, cache, max_new_tokens=8, decoder_input_ids=answered)
-    else:
-        answer = generate(model, answered, cache, max_new_tokens=8)
-    return torch.cat([answer, prompt(PLACE, length=5, seed=answer.shape[1])], dim=1)
-
-
 def test_several_turns_with_crop(model):
     """The cache is cropped in between, by tokens that are then answered anew."""
+    if model.config.is_encoder_decoder:
+        pytest.skip("transformers begins each answer of such a model anew: see the logits' test")
+    # Past their window, transformers' sliding layers refuse to be cropped.
+    length, n_new, n_more, n_turns = (3, 3, 2, 2) if is_sliding(model) else (10, 8, 5, 4)
     answers = []
     for kind in (VMMCache, DynamicCache):
-        cache, input_ids = make(kind, model), prompt(PLACE)
-        cache.activate_past_recording()
-        is_t5 = model.config.is_encoder_decoder
-        answered = input_ids.new_zeros(1, 1) if is_t5 else input_ids
-        for _ in range(4):
-            answered = turn_of(model, cache, input_ids, answered)
-            cache.crop(-3)
-            assert cache.get_seq_length() == answered.shape[1] - 5 - 1 - 3
-        answers.append(answered)
+        cache, tokens = make(kind, model), prompt(PLACE, length=length)
+        for turn in range(n_turns):
+            answer = generate(model, tokens, cache, max_new_tokens=n_new)
+            cache.crop(-2)
+            assert cache.get_seq_length() == answer.shape[1] - 1 - 2
+            tokens = torch.cat([answer, prompt(PLACE, length=n_more, seed=turn)], dim=1)
+        answers.append(tokens)
     assert torch.equal(*answers)
 
 
@@ -215,9 +215,12 @@ def test_outgrowing_the_capacity(model):
         ours = VMMCache(model.config, capacity=13)
     expected = generate(model, prompt(PLACE), make(DynamicCache, model))
     assert torch.equal(generate(model, prompt(PLACE), ours), expected)
-    growing = [layer for layer in vmm_layers(ours) if layer.get_seq_length() > 13]
-    assert all(layer.moves == 2 and layer.capacity == 52 for layer in growing)
-    assert growing or n_full_layers(make(DynamicCache, model)) == 0
+    assert n_full_layers(make(DynamicCache, model)) == len(vmm_layers(ours))
+    for layer in vmm_layers(ours):
+        assert layer.capacity == 13 * 2**layer.moves
+        assert layer.get_seq_length() <= layer.capacity < 2 * max(layer.get_seq_length(), 13)
+    counts = [layer.moves for layer in vmm_layers(ours)]
+    assert not counts or max(counts) == (1 if model.config.is_encoder_decoder else 2)
 
 
 def test_layouts(model):
@@ -237,9 +240,12 @@ def test_logits_step_by_step(model):
         ids, given, name = prompt(PLACE, batch=2, length=60), {}, "input_ids"
     ours, theirs = make(VMMCache, model), make(DynamicCache, model)
     with torch.no_grad():
-        for begin, end in [(0, 20), (20, 21), (21, 22), (22, 40), (40, 60)]:
+        for begin, end in [(0, 20), (20, 26), (26, 27), (27, 40), (40, 60)]:
             a, b = (
                 model(**given, **{name: ids[:, begin:end]}, past_key_values=cache).logits
                 for cache in (ours, theirs)
             )
             assert torch.equal(a, b)
+            if not is_sliding(model):
+                ours.crop(-5)
+                theirs.crop(-5)
