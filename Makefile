@@ -54,8 +54,8 @@ $(error libvmm and pyvmm are built on Linux only; this is $(shell uname -s))
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: all help install venv demo demo-llm test soak test-inplace test-programs inplace lint \
-        format ptx dist bench-c reliability clean check-cc check-cxx check-python check-venv FORCE
+.PHONY: all help install venv demo demo-llm test soak test-frameworks test-inplace test-programs inplace \
+        lint format ptx dist bench-c reliability clean check-cc check-cxx check-python check-venv FORCE
 
 all: build/libvmm.so
 
@@ -67,6 +67,7 @@ help:
 	@echo 'make test         all C and Python tests that this machine can run;'
 	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
 	@echo 'make soak         100 000 random operations with failing driver calls, half an hour'
+	@echo 'make test-frameworks  whole models: transformers, in every way of generating'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
 	@echo 'make reliability  what docs/RELIABILITY.md shows of the sweeps, anew'
@@ -250,6 +251,11 @@ soak: venv $(call have,test)
 	@$(IN_VENV)
 	@$(TEST_PROGRAMS)
 	@$(VENV_PYTHON) tests/python/soak.py
+
+# Whole models of other libraries: what takes too long, and installs too much, for `make test`.
+test-frameworks: venv $(call have,test) $(call have,transformers)
+	@$(IN_VENV)
+	$(VENV_PYTHON) -m pytest -q -m frameworks tests/python
 
 test-inplace: inplace
 	@$(TEST_PROGRAMS)

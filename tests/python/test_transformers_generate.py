@@ -18,6 +18,8 @@ from pyvmm.transformers import VMMCache, VMMLayer  # noqa: E402
 from transformers_models import generate, prompt  # noqa: E402
 
 DynamicCache, EncoderDecoderCache = transformers.DynamicCache, transformers.EncoderDecoderCache
+pytestmark = pytest.mark.frameworks
+
 PLACE = "cpu"
 MODELS = "llama", "qwen2", "mistral", "gemma3", "t5"
 
