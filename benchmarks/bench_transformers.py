@@ -1,18 +1,32 @@
 """pyvmm.transformers.VMMCache against DynamicCache on the host: what a step's update costs,
-and how fast attention reads each layout. Run: python benchmarks/bench_transformers.py"""
+and how fast attention reads each layout.
+
+    python benchmarks/bench_transformers.py [--out FOLDER]
+
+All of it is CPU time of one thread, which another process on the machine does not disturb.
+"""
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 
 import torch
-from bench import Bench, keep_large_blocks, timed
+from bench import Bench, keep_large_blocks
 from transformers import DynamicCache, LlamaConfig
 
 from pyvmm.transformers import VMMCache
 
 LAYERS, KV_HEADS, HEADS, DIM = 32, 8, 32, 128
-STEPS = 40
+STEPS = 25
+
+
+def timed(call: Callable[[], object]) -> int:
+    """Nanoseconds of this thread's CPU time."""
+    begin = time.thread_time_ns()
+    call()
+    return time.thread_time_ns() - begin
 
 
 def config() -> LlamaConfig:
@@ -35,12 +49,11 @@ def states(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def update(bench: Bench) -> None:
     """All layers' update with one token, as one step of decoding makes them."""
     for batch in (1, 8):
-        # 1: DynamicCache has next to nothing to copy, which is the least that it can cost.
-        for context in (1, 64, 1024) if batch == 1 else (1, 64, 256):
+        for context in (16, 128, 1024) if batch == 1 else (16, 128):
             baseline = f"update/B{batch}/{context}/DynamicCache"
             for name in ("DynamicCache", "VMMCache"):
                 samples: list[float] = []
-                for _ in range(3):
+                for _ in range(2):
                     cache = (
                         DynamicCache(config=config())
                         if name == "DynamicCache"
@@ -75,24 +88,28 @@ def attend(bench: Bench) -> None:
             for i in range(STEPS):
                 for layout, cache in made.items():
                     keys, values = cache.layers[0].keys, cache.layers[0].values
-                    begin = time.perf_counter_ns()
-                    torch.nn.functional.scaled_dot_product_attention(
-                        query, keys, values, enable_gqa=True
+                    attention = functools.partial(
+                        torch.nn.functional.scaled_dot_product_attention,
+                        *(query, keys, values),
+                        enable_gqa=True,
                     )
                     if i >= 3:
-                        samples[layout].append(time.perf_counter_ns() - begin)
+                        samples[layout].append(timed(attention))
             for layout in made:
                 bench.report(f"{kind}/{layout}", samples[layout], f"{kind}/seq")
 
 
 def main() -> None:
     keep_large_blocks()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    bench = Bench("bench_transformers", "prefill, and the rest of a model's step")
+    bench = Bench(
+        "bench_transformers", "prefill, and the rest of a model's step; CPU time of one thread"
+    )
     with torch.inference_mode():
         update(bench)
         attend(bench)
-    bench.close(torch=torch.__version__, threads=torch.get_num_threads(), layers=LAYERS)
+    bench.close(torch=torch.__version__, layers=LAYERS)
 
 
 if __name__ == "__main__":

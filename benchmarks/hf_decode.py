@@ -1,6 +1,6 @@
 """A decode step of transformers' Llama on a GPU, by cache: GPU time, and host time of update.
 
-    python benchmarks/hf_decode.py --out FOLDER [--layout seq|lane|c] [--only logits|steps] [--smoke]
+    python benchmarks/hf_decode.py --out FOLDER [--layout seq] [--only logits|steps] [--smoke]
 
 Models of 7B (as many key/value heads as query heads) and 8B (8 of 32), random weights, bf16,
 all layers; each built once. Contexts are set by filling the caches with random keys and
@@ -57,7 +57,7 @@ ROWS = (
 )
 N_WARM, N_PROFILED, N_WALL, N_UPDATES = 2, 7, 5, 40
 # Tokens that a cache grows by in all: StaticCache and the bound have room for them.
-ROOM = 64
+ROOM = N_WARM + N_PROFILED + N_WALL + N_UPDATES
 # The largest difference of logits over the largest logit.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 

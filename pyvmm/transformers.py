@@ -68,6 +68,9 @@ class VMMLayer(DynamicLayer):
     gradients are wanted, for tensors of a subclass, and for sizes of 0.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(
         self,
         capacity: int | None = None,
@@ -161,22 +164,22 @@ class VMMLayer(DynamicLayer):
         (batch,). Costs one copy of the layer, as it does in DynamicLayer."""
         if self.get_seq_length() == 0:
             return
-        pair = self._settle()
+        pair = None if self._is_offloaded() else self._settle()
         if pair is not None and beam_idx.shape == self.keys.shape[:1]:
             pair.select(beam_idx)
         else:
             super().reorder_cache(beam_idx)
-            self._settle()
+            self._take_in()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence `repeats` times: batch becomes batch x repeats."""
         super().batch_repeat_interleave(repeats)
-        self._settle()
+        self._take_in()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences of these indices, or of the true ones of a boolean mask."""
         super().batch_select_indices(indices)
-        self._settle()
+        self._take_in()
 
     def offload(self) -> None:
         """Move the tokens to host memory and give the memory on the GPU back, once the views
@@ -187,16 +190,15 @@ class VMMLayer(DynamicLayer):
 
     def prefetch(self) -> None:
         """Move offloaded tokens back to the GPU, on the current stream."""
-        if self.is_initialized and self.keys.device != self.device:
-            super().prefetch()
+        if self._is_offloaded():
             self._settle()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VMMLayer:
         """A layer with a copy of the tokens in memory of its own, from the same pool."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
+        pair = None if self._is_offloaded() else self._settle()
         new.__dict__.update(self.__dict__)
-        pair = self._settle()
         if pair is not None:
             new._publish(pair.fork())
         elif self.is_initialized:
@@ -270,13 +272,24 @@ class VMMLayer(DynamicLayer):
             self._pair = None
             self.batch_size = keys.shape[0]
             return None
-        if self.device is not None and keys.device != self.device:  # offloaded
+        if self._is_offloaded():
             keys, values = (states.to(self.device, non_blocking=True) for states in (keys, values))
+        else:
+            self.intakes += 1
         taken = self._reserve(keys, values, keys.shape[-2])
         taken.append(_dense(keys), _dense(values))
-        self.intakes += 1
         self._publish(taken)
         return taken
+
+    def _take_in(self) -> None:
+        """After a method of DynamicLayer's has put new tensors in the place of the old."""
+        if not self._is_offloaded():
+            n_intakes = self.intakes
+            self._settle()
+            self.intakes = n_intakes
+
+    def _is_offloaded(self) -> bool:
+        return self.is_initialized and self.keys.device != self.device
 
     def _update_otherwise(
         self, key_states: torch.Tensor, value_states: torch.Tensor, error: Exception
@@ -324,7 +337,7 @@ class VMMLayer(DynamicLayer):
     def _truncate(self, length: int) -> None:
         if length == self.get_seq_length():
             return
-        pair = self._settle()
+        pair = None if self._is_offloaded() else self._settle()
         if pair is None:
             self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
             return
@@ -429,7 +442,10 @@ def stats(cache: Any) -> dict[str, int]:
     """Sums over the VMMLayers of any of transformers' caches, those that install() brings in
     too: reserved_bytes, mapped_bytes, used_bytes and slack_bytes as in VTensor.stats(), and
     the layers' moves, intakes and concatenations."""
-    parts = getattr(cache, "self_attention_cache", cache), getattr(cache, "cross_attention_cache", None)
+    parts = (
+        getattr(cache, "self_attention_cache", cache),
+        getattr(cache, "cross_attention_cache", None),
+    )
     layers = [layer for part in parts if part is not None for layer in part.layers]
     total = dict.fromkeys(_BYTES + _COUNTS, 0)
     for layer in layers:

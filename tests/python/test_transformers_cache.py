@@ -72,7 +72,9 @@ def test_encoder_decoder(place):
 def test_bfloat16(place):
     model = models.model_of("llama", place).to(torch.bfloat16)
     input_ids = prompt(place, batch=2)
-    assert torch.equal(generate(model, input_ids, VMMCache(model.config)), generate(model, input_ids))
+    assert torch.equal(
+        generate(model, input_ids, VMMCache(model.config)), generate(model, input_ids)
+    )
 
 
 def test_inference_mode_and_then_without(llama, place):
@@ -237,7 +239,7 @@ def test_methods_as_dynamic_layer(place, layout, method, n):
             assert torch.equal(a, b)
     assert ours.keys is ours._pair.keys and ours.batch_size == batch
     assert ours.key_tensor.length == ours.value_tensor.length == theirs.get_seq_length()
-    assert ours.concatenations == 0
+    assert ours.concatenations == ours.intakes == ours.moves == 0
 
 
 def test_early_initialization(llama, place):
@@ -342,9 +344,7 @@ def test_gradients(place):
     assert torch.equal(model.model.layers[0].self_attn.k_proj.weight.grad, gradient)
     assert cache.stats()["concatenations"] == 8
     with torch.no_grad():
-        a, b = (
-            model(prompt(place, length=3), past_key_values=c).logits for c in (cache, theirs)
-        )
+        a, b = (model(prompt(place, length=3), past_key_values=c).logits for c in (cache, theirs))
     assert torch.equal(a, b)
     assert cache.stats()["intakes"] == 4
     layer, k, _ = filled(place)
@@ -592,6 +592,32 @@ def test_memory_goes_with_the_cache(place, llama, without_gc):
     del keys
     assert pool.stats()["in_use_bytes"] == 0
     pool.close()
+
+
+def test_offloading(place):
+    """A cache that generate() keeps in host memory but for the layer at work."""
+    if place == "cpu":
+        pytest.skip("there is nowhere to offload host memory to")
+    model = models.model_of("llama", place)
+    expected = generate(model, prompt(place, batch=2))
+    pool = pyvmm.Pool(place)
+    cache = VMMCache(model.config, pool=pool, offloading=True)
+    assert torch.equal(generate(model, prompt(place, batch=2), cache), expected)
+    assert {layer.keys.device.type for layer in cache.layers} == {"cpu", "cuda"}
+    cache.crop(-3)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)
+    theirs = DynamicCache(config=model.config)
+    generate(model, prompt(place, batch=2), theirs)
+    theirs.crop(-3)
+    theirs.reorder_cache(torch.tensor([1, 0]))
+    theirs.batch_repeat_interleave(2)
+    for ours, layer in zip(cache.layers, theirs.layers, strict=True):
+        ours.prefetch()
+        assert torch.equal(ours.keys, layer.keys) and torch.equal(ours.values, layer.values)
+    with installed():
+        again = generate(model, prompt(place, batch=2), cache_implementation="offloaded")
+    assert torch.equal(again, expected)
 
 
 def test_budget(place):
