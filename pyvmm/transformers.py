@@ -129,7 +129,11 @@ class VMMLayer(DynamicLayer):
                 return self._concatenate(key_states, value_states)
             pair.append(key_states, value_states)
         except (BufferError, TypeError, ValueError) as error:  # CapacityError is a ValueError
-            return self._update_otherwise(key_states, value_states, error)
+            is_full = isinstance(error, pyvmm.CapacityError)
+            updated = self._update_otherwise(key_states, value_states, is_full)
+            if updated is None:
+                raise
+            return updated
         self.keys, self.values = keys, values = pair.keys, pair.values
         return keys, values
 
@@ -213,8 +217,7 @@ class VMMLayer(DynamicLayer):
         """What pickle and torch.save() take: the tokens, compact. Read back, the layer takes
         its memory from the default pool of the device that they are read to."""
         states = (self.keys.clone(), self.values.clone()) if self.is_initialized else None
-        capacity = None if self._may_reserve_less else self.capacity
-        return _restored, (capacity, self._layout, states)
+        return _restored, (self.capacity, self._may_reserve_less, self._layout, states)
 
     # -- where the tokens lie
 
@@ -292,30 +295,30 @@ class VMMLayer(DynamicLayer):
         return self.is_initialized and self.keys.device != self.device
 
     def _update_otherwise(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, error: Exception
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What could not be appended as it is."""
+        self, key_states: torch.Tensor, value_states: torch.Tensor, is_full: bool
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What could not be appended as it is; None if there is no other way."""
         pair = self._pair
         if pair is None:
-            raise error
+            return None
         if not (_is_storable(key_states) and _is_storable(value_states)):
             return self._concatenate(key_states, value_states)
+        dense = _dense(key_states), _dense(value_states)
         if pair.length == 0 and not _fits(pair, key_states, value_states):
             # Nothing is lost: other sequences begin, say of another batch size.
             fresh = self._reserve(key_states, value_states, key_states.shape[-2])
-            fresh.append(_dense(key_states), _dense(value_states))
+            fresh.append(*dense)
             self._publish(fresh)
             return self.keys, self.values
-        if isinstance(error, pyvmm.CapacityError):
+        if is_full:
             moved = self._reserve(pair.keys, pair.values, pair.length + key_states.shape[-2])
             moved.append(pair.keys, pair.values)
-            moved.append(key_states, value_states)
+            moved.append(*dense)
             self.moves += 1
             self._publish(moved)
             return self.keys, self.values
-        dense = _dense(key_states), _dense(value_states)
         if dense[0] is key_states and dense[1] is value_states:
-            raise error
+            return None
         return self.update(*dense)
 
     def _concatenate(
@@ -373,11 +376,13 @@ def _fits(pair: KVPair, key_states: torch.Tensor, value_states: torch.Tensor) ->
 
 
 def _restored(
-    capacity: int | None,
+    capacity: int,
+    may_reserve_less: bool,
     layout: Layout | None,
     states: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> VMMLayer:
     layer = VMMLayer(capacity, layout=layout)
+    layer._may_reserve_less = may_reserve_less
     if states is not None:
         keys, values = states
         with torch.no_grad():

@@ -281,6 +281,17 @@ def test_past_the_capacity(place):
     assert (layer.moves, layer.capacity, layer.get_seq_length()) == (2, 384, 220)
 
 
+def test_moving_takes_what_an_append_would(place):
+    """States whose last dimension is not dense, and such as do not fit."""
+    layer, k, v = filled(place, capacity=12)
+    with pytest.raises(ValueError):
+        layer.update(k[:1], v[:1])
+    assert torch.equal(layer.keys, k) and (layer.moves, layer.capacity) == (0, 12)
+    odd = states(place, 8, dim=5).transpose(2, 3)
+    keys, _ = layer.update(odd, odd)
+    assert torch.equal(keys, torch.cat([k, odd], dim=2)) and layer.moves == 1
+
+
 def test_first_states_past_the_capacity(place):
     layer = VMMLayer(4)
     k = states(place, 10)
@@ -304,6 +315,10 @@ def test_another_batch_once_it_is_empty(place):
     keys, values = layer.update(wide, wide)
     assert torch.equal(keys, wide) and torch.equal(values, wide)
     assert layer.batch_size == 5 and layer.dtype == torch.float16
+    layer.reset()
+    long = states(place, 100, batch=1)  # past the capacity, too
+    keys, _ = layer.update(long, long)
+    assert torch.equal(keys, long) and layer.capacity == 128
 
 
 def test_keys_replaced_from_outside(place):
@@ -552,6 +567,12 @@ def without_gc():
     gc.enable()
 
 
+def failing(call, *arguments):
+    with contextlib.suppress(ValueError):
+        call(*arguments)
+        raise AssertionError("did not fail")
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -565,8 +586,12 @@ def without_gc():
         lambda layer, k: setattr(layer, "keys", layer.keys.clone()),
         lambda layer, k: layer.offload(),
         lambda layer, k: layer.update(k.clone().requires_grad_(), k),
+        lambda layer, k: failing(layer.update, k[:1], k),
+        lambda layer, k: failing(layer.update, k, k[:, :, :1]),
     ],
-    ids="none crop reorder repeat move deepcopy pickle replace offload gradients".split(),
+    ids=(
+        "none crop reorder repeat move deepcopy pickle replace offload gradients batch tokens"
+    ).split(),
 )
 def test_memory_goes_without_the_collector(place, without_gc, use):
     pool = pyvmm.Pool("host" if place == "cpu" else place)
