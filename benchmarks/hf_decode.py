@@ -237,13 +237,12 @@ def steps(run: Run) -> None:
         row: dict[str, Any] = {"model": shape, "batch": batch, "context": context}
         name = f"{shape.replace(' ', '-')}/B{batch}/{context}"
         for kind in KINDS:
+            run.free()
             try:
                 samples = measure(run, model, batch, context, kind)
-            except torch.cuda.OutOfMemoryError as error:
+            except (torch.cuda.OutOfMemoryError, pyvmm.OutOfMemoryError) as error:
                 run.failures.append(f"{name}, {kind}: {str(error).splitlines()[0]}")
                 continue
-            finally:
-                run.free()
             for what, values in samples.items():
                 run.bench.report(f"{what}/{name}/{kind}", values, f"{what}/{name}/bound")
                 row[f"{what}/{kind}"] = statistics.median(values)
