@@ -70,8 +70,8 @@ help:
 	@echo 'make demo-llm     the same for a real model (downloads a few hundred MB)'
 	@echo 'make test         all C and Python tests that this machine can run;'
 	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
-	@echo 'make test-frameworks  whole models: transformers with concat inside'
 	@echo 'make soak         100 000 random operations with failing driver calls, half an hour'
+	@echo 'make test-frameworks  whole models, in every way of generating'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
 	@echo 'make check-san    the C tests under ASan, LSan and UBSan, then under TSan'
@@ -271,6 +271,7 @@ soak: venv $(call have,test)
 	@$(TEST_PROGRAMS)
 	@$(VENV_PYTHON) tests/python/soak.py
 
+# Whole models of other libraries: what takes too long, and installs too much, for `make test`.
 test-inplace: inplace
 	@$(TEST_PROGRAMS)
 	@$(PYTHON) tests/run_tests.py
