@@ -271,7 +271,6 @@ soak: venv $(call have,test)
 	@$(TEST_PROGRAMS)
 	@$(VENV_PYTHON) tests/python/soak.py
 
-# Whole models of other libraries: what takes too long, and installs too much, for `make test`.
 test-inplace: inplace
 	@$(TEST_PROGRAMS)
 	@$(PYTHON) tests/run_tests.py
