@@ -58,7 +58,7 @@ int main(int argc, char **argv) {
 
     setenv("VMM_SIM_DEVICES", "2", 0); /* before the driver is loaded */
     fixture f = fixture_open(argc, argv, 0, 0);
-    if (!f.is_cuda)
+    if (!f.is_gpu)
         SKIP("the host is one device");
     cuda();
     fixture other = fixture_open(2, host, 0, 0);

@@ -159,7 +159,7 @@ static void long_tensor(world *w) {
  * host an unmap fails half-way, on a GPU a growth and its undoing do. */
 static void blocks_without_access(world *w) {
     one_tensor(w);
-    if (w->config->is_cuda) {
+    if (w->config->is_gpu) {
         the_simulator()->reset();
         CHECK(the_simulator()->fail("cuMemSetAccess", 1, 999, 1) == 0);
         CHECK(the_simulator()->fail("cuMemUnmap", 1, 999, -1) == 0);

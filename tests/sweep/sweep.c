@@ -133,7 +133,7 @@ static bool attempt(const scene *scene, const config *config, const fault *fault
     world_open(&w, config, scene);
     snapshot_take(&before, &w);
     fault_arm(fault);
-    if (config->is_cuda && scene->flags & BUSY && fault->kind == FAULT_DRIVER)
+    if (config->is_gpu && scene->flags & BUSY && fault->kind == FAULT_DRIVER)
         CHECK(the_simulator()->fail("cuEventQuery", 1, CUDA_NOT_READY, 1) == 0);
     vmm_status status = scene->run(&w);
     const char *call = current_call = fault_disarm(fault);
@@ -181,7 +181,7 @@ static void report(const char *operation, const config *c, int flags, fault_kind
     printf("{\"operation\": \"%s\", \"device\": \"%s\", \"driver\": %s, \"layout\": \"%s\", "
            "\"blocks\": \"%s\", \"block_size\": \"%s\", \"fault\": \"%s\", \"calls\": %ld, "
            "\"points\": %ld, \"refused\": %ld, \"absorbed\": %ld, \"parked\": %ld}\n",
-           operation, c->device, c->is_cuda ? version : "0",
+           operation, c->device, c->is_gpu ? version : "0",
            flags & ONE_LAYOUT ? "-" : layout_names[c->layout],
            flags & ONE_BLOCKS ? "-" : block_names[c->blocks],
            flags & ONE_SIZE ? "-"
@@ -229,12 +229,12 @@ static void sweep(const scene *scene, const config *config, fault_kind kind) {
 
 static void sweep_scene(const scene *scene, config config, fault_kind kind) {
     int flags = scene ? scene->flags : ONE_LAYOUT | ONE_BLOCKS | ONE_SIZE;
-    if (flags & CUDA_ONLY && !config.is_cuda)
+    if (flags & CUDA_ONLY && !config.is_gpu)
         return;
     for (int layout = 0; layout < (flags & ONE_LAYOUT ? 1 : 3); layout++)
         for (int blocks = 0; blocks < (flags & ONE_BLOCKS ? 1 : BLOCK_KINDS); blocks++)
             for (int is_fixed = 0; is_fixed < (flags & ONE_SIZE ? 1 : 2); is_fixed++) {
-                if (blocks && !config.is_cuda)
+                if (blocks && !config.is_gpu)
                     continue; /* the host's go back at once */
                 config.layout = (vmm_layout)layout;
                 config.blocks = (block_kind)blocks;
@@ -251,7 +251,7 @@ int main(int argc, char **argv) {
         if (strcmp(argv[i], "--only") == 0 && i + 1 < argc)
             only = argv[i + 1];
     }
-    config.is_cuda = strcmp(config.device, "host") != 0;
+    config.is_gpu = strcmp(config.device, "host") != 0;
     /* Before the driver is loaded. */
     setenv("VMM_SIM_GRANULARITY", "4096", 1);
     setenv("VMM_SIM_DELAY_US", "0", 1);
@@ -261,12 +261,12 @@ int main(int argc, char **argv) {
     signal(SIGSEGV, on_signal);
     signal(SIGBUS, on_signal);
     faults_begin();
-    if (config.is_cuda && !dlsym(cuda_library(), "vmm_sim_version"))
+    if (config.is_gpu && !dlsym(cuda_library(), "vmm_sim_version"))
         SKIP("a real driver cannot be made to fail: the simulated one can");
-    if (!config.is_cuda && !faults_possible())
+    if (!config.is_gpu && !faults_possible())
         SKIP("under a sanitizer only the simulated driver can be made to fail");
     for (int kind = 0; kind < FAULT_KINDS; kind++) {
-        if ((kind == FAULT_DRIVER && !config.is_cuda) || (kind == FAULT_SYSTEM && config.is_cuda) ||
+        if ((kind == FAULT_DRIVER && !config.is_gpu) || (kind == FAULT_SYSTEM && config.is_gpu) ||
             (is_old && kind != FAULT_DRIVER))
             continue;
         if (strstr("device_open", only))
@@ -276,8 +276,8 @@ int main(int argc, char **argv) {
     CHECK_OK(vmm_device_open(config.device, &device));
     for (size_t i = 0; i < n_scenes; i++)
         for (int kind = 0; kind < FAULT_KINDS; kind++) {
-            if ((kind == FAULT_DRIVER && !config.is_cuda) ||
-                (kind == FAULT_SYSTEM && config.is_cuda) ||
+            if ((kind == FAULT_DRIVER && !config.is_gpu) ||
+                (kind == FAULT_SYSTEM && config.is_gpu) ||
                 (is_old && (kind != FAULT_DRIVER || !(scenes[i].flags & FENCES))))
                 continue;
             if (strstr(scenes[i].name, only))

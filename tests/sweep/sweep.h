@@ -27,7 +27,7 @@ typedef enum block_kind {
 
 typedef struct config {
     const char *device;
-    bool is_cuda;
+    bool is_gpu;
     vmm_layout layout;
     block_kind blocks;
     bool is_fixed; /* block size: fixed, or auto */
