@@ -86,13 +86,15 @@ static inline bool has_memory_limits(void) {
 typedef unsigned long long cu_pointer;
 
 /* X(name, CUDA's symbol, HIP's, parameters). HIP has pointers where CUDA has addresses, which
- * are passed in the same way, and no contexts: there its symbol is NULL. */
+ * are passed in the same way, and a device's number where CUDA has a context: what only one of
+ * them has is NULL in the other. */
 #define CUDA_CALLS(X)                                                                              \
     X(init, "cuInit", "hipInit", (unsigned))                                                       \
     X(device_get, "cuDeviceGet", "hipDeviceGet", (int *, int))                                     \
     X(retain, "cuDevicePrimaryCtxRetain", NULL, (void **, int))                                    \
     X(set_current, "cuCtxSetCurrent", NULL, (void *))                                              \
     X(get_current, "cuCtxGetCurrent", NULL, (void **))                                             \
+    X(set_device, NULL, "hipSetDevice", (int))                                                     \
     X(synchronize, "cuCtxSynchronize", "hipDeviceSynchronize", (void))                             \
     X(memory_info, "cuMemGetInfo_v2", "hipMemGetInfo", (size_t *, size_t *))                       \
     X(alloc, "cuMemAlloc_v2", "hipMalloc", (cu_pointer *, size_t))                                 \
@@ -205,7 +207,8 @@ static inline fixture fixture_open(int argc, char **argv, size_t block_bytes, si
     CHECK_OK(status);
     CHECK_OK(vmm_device_query(f.device, &info));
     f.is_gpu = info.kind != VMM_DEVICE_HOST;
-    is_hip = info.kind == VMM_DEVICE_HIP;
+    if (f.is_gpu) /* the host, opened beside it, changes nothing */
+        is_hip = info.kind == VMM_DEVICE_HIP;
     f.granularity_bytes = info.granularity_bytes;
     CHECK_OK(vmm_pool_create(f.device, block_bytes, max_bytes, &f.pool));
     return f;

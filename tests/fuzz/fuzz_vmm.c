@@ -844,6 +844,7 @@ static void open_world(const char *device) {
     if (!granularity_bytes[w.f.is_gpu]) {
         CHECK_OK(vmm_device_query(w.f.device, &info));
         granularity_bytes[w.f.is_gpu] = info.granularity_bytes;
+        is_hip = info.kind == VMM_DEVICE_HIP;
         if (w.f.is_gpu) {
             cuda();
             find_simulator();
