@@ -115,7 +115,11 @@ void world_provide(world *w, model *m, const vmm_spec *spec, size_t n_rows) {
         model_grow(&closed, 2 * n_rows, false);
         model_close(&closed);
         world_wait(w);
-        model_grow(&next, 1, false); /* looks for memory, and takes back what is queued */
+        /* This looks for memory, and takes back what is queued; where that means to wait for the
+         * device, only when the driver has none. */
+        if (is_hip)
+            CHECK(the_simulator()->fail("cuMemCreate", 1, 2, 1) == 0);
+        model_grow(&next, 1, false);
         model_close(&next);
         CHECK_OK(vmm_pool_statistics(w->f.pool, &stats));
         CHECK(stats.free_bytes > 0);
