@@ -40,7 +40,6 @@ slug=$(tr '[:upper:] ' '[:lower:]-' <<<"$gpu" | tr -cd 'a-z0-9.-')
 export slug out
 echo "$gpu, driver $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -1)"
 echo "$(nproc) cores, $(python3 --version), $(date -u +%F)"
-echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
 
 build() {
     make -j"$(nproc)" PYTHON=python3 inplace && make -j"$(nproc)" --keep-going test-programs
