@@ -29,7 +29,7 @@ C_TESTS := $(patsubst tests/c/%.c,build/tests/c/%,$(wildcard tests/c/test_*.c))
 C_BENCHES := $(patsubst benchmarks/%.c,build/benchmarks/%,$(wildcard benchmarks/bench_*.c))
 SIM_SOURCES := $(wildcard tests/sim/*.c)
 SIM := $(if $(SIM_SOURCES),build/sim/libcuda.so.1)
-C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu tests/*/*.[ch] benchmarks/*.[ch])
+C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu tests/*/*.[ch] benchmarks/*.[ch] pyvmm/*/*.cc)
 PYX_FILES = $(wildcard pyvmm/*.pyx pyvmm/*.pxd)
 
 VENV_PYTHON := $(VENV)/bin/python
