@@ -95,19 +95,18 @@ class SmallLlama(nn.Layer):
         return paddle.concat(tokens, 1)
 
     def decode_in_program(self, ids, n_tokens):
-        """The same with a loop that a program can hold."""
+        """The same with a loop that a program can hold. The caches are returned as well: what a
+        loop leaves and nothing uses, Paddle's executor keeps until the program runs again."""
         position = paddle.zeros([1], "int64")
-        token, caches = self.step(ids, [], position, None)
-        k0, v0, k1, v1 = caches
+        token, (k0, v0, k1, v1) = self.step(ids, [], position, None)
         position = paddle.full([1], ids.shape[1], "int64")
         last = position + n_tokens - 1
         tokens = token
         while position < last:
-            token, caches = self.step(token, [k0, v0, k1, v1], position, append)
-            k0, v0, k1, v1 = caches
+            token, (k0, v0, k1, v1) = self.step(token, [k0, v0, k1, v1], position, append)
             tokens = paddle.concat([tokens, token], 1)
             position = position + 1
-        return tokens
+        return tokens, k0, v0, k1, v1
 
 
 def append(operands, axis):

@@ -285,7 +285,8 @@ def test_a_small_llama_in_to_static(counts, batch):
         expected = model.decode(ids, 24, paddle.concat)
         assert len(set(expected.flatten().tolist())) > 5
         program = paddle.jit.to_static(model.decode_in_program, full_graph=True)
-        tokens = program(ids, paddle.to_tensor([24]))
+        tokens, *caches = program(ids, paddle.to_tensor([24]))
+    assert [list(cache.shape) for cache in caches] == [[29, batch, 2, 16]] * len(caches)
     np.testing.assert_array_equal(tokens.numpy(), expected.numpy())
     n_caches = 2 * model.n_layers
     assert counts() == {"taken_in": n_caches, "appended": 22 * n_caches}
