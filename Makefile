@@ -17,6 +17,18 @@ NVCC ?= $(firstword $(realpath $(shell command -v nvcc || \
           ls -d $${CUDA_HOME:-/nonexistent}/bin/nvcc \
                 $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc 2>/dev/null)))
 
+# A HIP compiler: ROCm's, or a clang that knows these GPUs and has lld beside it. Tried, since
+# only a trial tells. HIPCC= on the command line says: none, no kernels for AMD GPUs.
+HIP_ARCHS ?= gfx90a gfx942
+HIP_FLAGS = -x hip --cuda-device-only $(HIP_ARCHS:%=--offload-arch=%) --gpu-bundle-output \
+  -nogpulib -nogpuinc -mcode-object-version=4 -O3 -std=c++17 -fdeclspec -Wall -Wextra
+ifeq ($(origin HIPCC),undefined)
+HIPCC := $(shell for cc in hipcc $${ROCM_PATH:+$$ROCM_PATH/bin/hipcc} clang \
+           clang-22 clang-21 clang-20 clang-19 clang-18 clang-17; do \
+           command -v $$cc >/dev/null && $$cc $(HIP_FLAGS) -o /dev/null - </dev/null \
+             2>/dev/null && echo $$cc && break; done)
+endif
+
 CFLAGS ?= -O2 -g
 WERROR ?= -Werror
 C_FLAGS = -std=c11 -Wall -Wextra $(WERROR) -fPIC -pthread -MMD -MP -Ilibvmm/include $(CFLAGS)
@@ -26,6 +38,7 @@ LINK_VMM = -Lbuild -lvmm -Wl,-rpath,$(CURDIR)/build -pthread -ldl -lm
 
 LIB_OBJECTS := $(patsubst libvmm/src/%.c,build/obj/%.o,$(wildcard libvmm/src/*.c))
 C_TESTS := $(patsubst tests/c/%.c,build/tests/c/%,$(wildcard tests/c/test_*.c))
+SWEEP := build/tests/sweep
 C_BENCHES := $(patsubst benchmarks/%.c,build/benchmarks/%,$(wildcard benchmarks/bench_*.c))
 SIM_SOURCES := $(wildcard tests/sim/*.c)
 SIM := $(if $(SIM_SOURCES),build/sim/libcuda.so.1)
@@ -41,7 +54,7 @@ $(error libvmm and pyvmm are built on Linux only; this is $(shell uname -s))
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: all help install venv demo demo-llm test test-inplace test-programs inplace lint format \
+.PHONY: all help install venv demo demo-llm test test-frameworks test-inplace test-programs inplace lint format \
         ptx dist bench-c clean check-cc check-cxx check-python check-venv FORCE
 
 all: build/libvmm.so
@@ -53,6 +66,7 @@ help:
 	@echo 'make demo-llm     the same for a real model (downloads a few hundred MB)'
 	@echo 'make test         all C and Python tests that this machine can run;'
 	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
+	@echo 'make test-frameworks  whole models: transformers with concat inside'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
 	@echo 'make lint         clang-format, ruff, cython-lint, mypy, warnings; make format mends'
@@ -61,6 +75,7 @@ help:
 	@echo 'make ptx          regenerate libvmm/src/append.ptx (needs nvcc 13.0.88)'
 	@echo 'make venv, clean  the virtual environment alone; remove what was built'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) CC=$(CC) NVCC=PATH or nothing'
+	@echo '           HIPCC=COMMAND or nothing, HIP_ARCHS="$(HIP_ARCHS)"'
 
 # ---- prerequisites ----------------------------------------------------------------
 PREREQUISITES := apt install python3-venv python3-dev gcc g++ make
@@ -104,6 +119,20 @@ build/append.fatbin: libvmm/src/append.cu libvmm/src/append.h build/nvcc
 	    { echo 'nvcc failed; "make NVCC=" builds with the checked-in PTX instead' >&2; exit 1; }; \
 	fi
 
+# The same for AMD GPUs: one file with a code object for each of HIP_ARCHS.
+build/hipcc: FORCE
+	@mkdir -p build; echo '$(HIPCC) $(HIP_ARCHS)' | cmp -s - $@ || echo '$(HIPCC) $(HIP_ARCHS)' > $@
+
+build/append.hipfb: libvmm/src/append.cu libvmm/src/append.h libvmm/src/append_hip.h build/hipcc
+	@if [ -z '$(HIPCC)' ]; then \
+	  echo 'no HIP compiler (hipcc, or clang 17 and lld): the library has no kernels for AMD GPUs'; \
+	  : > $@; \
+	else \
+	  echo '$(HIPCC) $(HIP_FLAGS) -o $@ $<'; \
+	  $(HIPCC) $(HIP_FLAGS) -o $@ $< || \
+	    { echo '$(HIPCC) failed; "make HIPCC=" builds without kernels for AMD GPUs' >&2; exit 1; }; \
+	fi
+
 # The checked-in PTX: nvcc's for the oldest architecture it knows, declared as the oldest
 # PTX version that has that architecture, so that CUDA 12 drivers and older take it. That
 # lowering is sound because append.cu uses nothing newer; tests/python/test_ptx.py checks
@@ -120,9 +149,10 @@ build/obj/%.o: libvmm/src/%.c | check-cc
 	@mkdir -p $(@D)
 	$(CC) $(LIB_FLAGS) -c -o $@ $<
 
-build/obj/append_image.o: libvmm/src/append_image.S libvmm/src/append.ptx build/append.fatbin | check-cc
+build/obj/append_image.o: libvmm/src/append_image.S libvmm/src/append.ptx build/append.fatbin \
+    build/append.hipfb | check-cc
 	@mkdir -p $(@D)
-	$(CC) -DVMM_APPEND_FATBIN='"build/append.fatbin"' \
+	$(CC) -DVMM_APPEND_FATBIN='"build/append.fatbin"' -DVMM_APPEND_HIPFB='"build/append.hipfb"' \
 	  -DVMM_APPEND_PTX='"libvmm/src/append.ptx"' -c -o $@ $<
 
 build/libvmm.so: $(LIB_OBJECTS) build/obj/append_image.o libvmm/libvmm.map
@@ -188,12 +218,21 @@ build/tests/c/%: tests/c/%.c build/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
 
+# malloc and others are the program's own, for libvmm.so too: see tests/sweep/faults.h.
+$(SWEEP): $(wildcard tests/sweep/*.[ch]) tests/c/check.h build/libvmm.so
+	@mkdir -p $(@D)
+	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -o $@ $(filter %.c,$^) $(LINK_VMM)
+
 build/sim/libcuda.so.1: $(SIM_SOURCES) $(wildcard tests/sim/*.h libvmm/src/append.h)
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -fvisibility=default -shared \
 	  -Wl,-soname,libcuda.so.1,-z,defs -o $@ $(SIM_SOURCES) -pthread -ldl
 
-test-programs: $(C_TESTS) $(SIM)
+build/tests/conformance/probes: $(wildcard tests/conformance/*.[ch]) tests/sim/cuda_abi.h
+	@mkdir -p $(@D)
+	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -o $@ $(filter %.c,$^) -pthread -ldl
+
+test-programs: $(C_TESTS) $(SWEEP) $(SIM) build/tests/conformance/probes
 
 # What does not compile is a failure that run_tests.py reports with the others. Another make,
 # since setup.py may have installed an nvcc, or built the library, that this one did not see.
@@ -203,6 +242,11 @@ test: venv $(call have,test) $(foreach name,$(WITH),$(call have,$(name)))
 	@$(IN_VENV)
 	@$(TEST_PROGRAMS)
 	@$(VENV_PYTHON) tests/run_tests.py
+
+# Whole models of other libraries: what takes too long, and installs too much, for `make test`.
+test-frameworks: venv $(call have,test) $(call have,transformers)
+	@$(IN_VENV)
+	$(VENV_PYTHON) -m pytest -q -m frameworks tests/python
 
 test-inplace: inplace
 	@$(TEST_PROGRAMS)
@@ -219,7 +263,7 @@ bench-c: $(C_BENCHES)
 
 # ---- lint -------------------------------------------------------------------------
 # The compile is part of it: -Wall -Wextra -Werror, of everything that is C.
-lint: $(call have,build) $(call have,lint) build/libvmm.so $(C_TESTS) $(SIM) $(C_BENCHES)
+lint: $(call have,build) $(call have,lint) build/libvmm.so test-programs $(C_BENCHES)
 	$(CC) -std=c99 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c libvmm/include/vmm.h
 	$(CXX) -std=c++11 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c++ libvmm/include/vmm.h
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)

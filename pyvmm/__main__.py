@@ -9,9 +9,11 @@ import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyvmm
 from pyvmm._report import Table, show
+from pyvmm._sizes import size_text
 
 FRAMEWORKS = ("numpy", "torch", "cupy-cuda12x", "cupy-cuda13x", "jax", "paddlepaddle")
 
@@ -76,11 +78,12 @@ def info() -> int:
         print(missing)
     fields = [
         ("description", [str(device["description"]) for device in found]),
-        ("granularity", [size(device["granularity_bytes"]) for device in found]),
-        ("recommended", [size(device["recommended_bytes"]) for device in found]),
-        ("largest reservation", [size(device["reservable_bytes"]) for device in found]),
+        ("granularity", [size_text(device["granularity_bytes"]) for device in found]),
+        ("recommended", [size_text(device["recommended_bytes"]) for device in found]),
+        ("largest reservation", [size_text(device["reservable_bytes"]) for device in found]),
         ("exportable handles", ["yes" if d["exportable_handles"] else "no" for d in found]),
-        ("free memory", [f"{size(d['free_bytes'])} of {size(d['total_bytes'])}" for d in found]),
+        ("free memory", [size_text(device["free_bytes"]) for device in found]),
+        ("total memory", [size_text(device["total_bytes"]) for device in found]),
         ("driver version", [driver_version(device["driver_version"]) for device in found]),
         ("append kernel", [str(device["kernel"]) for device in found]),
     ]
@@ -95,9 +98,9 @@ def info() -> int:
     return 0
 
 
-def find_devices() -> tuple[list[Mapping[str, object]], str]:
+def find_devices() -> tuple[list[Mapping[str, Any]], str]:
     """What is known of each device, and why there is no (further) GPU."""
-    found: list[Mapping[str, object]] = [pyvmm.device_info("host")]
+    found: list[Mapping[str, Any]] = [pyvmm.device_info("host")]
     while True:
         try:
             found.append(pyvmm.device_info(f"cuda:{len(found) - 1}"))
@@ -116,14 +119,6 @@ def installed() -> str:
         except importlib.metadata.PackageNotFoundError:
             pass
     return ", ".join(names)
-
-
-def size(n_bytes: object) -> str:
-    value, unit = float(str(n_bytes)), 0
-    while value >= 1024 and unit < 4:
-        value /= 1024
-        unit += 1
-    return f"{value:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
 
 def driver_version(number: object) -> str:

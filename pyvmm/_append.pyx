@@ -39,25 +39,28 @@ cdef Py_ssize_t SHORT_COPY_BYTES = 65536
 cdef struct _Append:
     PyObject *tensor  # both borrowed from the caller
     PyObject *x
+    const Source *seen  # see append_at()
     Source source
     vmm_pin *pin  # on the rows of another tensor, where they are the source
 
 
 cdef int append_one(TensorCore tensor, object x, object stream) except -1:
     """VTensor.append()."""
-    return _append_any(tensor, x, stream, -1)
+    return _append_any(tensor, x, NULL, stream, -1)
 
 
-cdef int append_at(TensorCore tensor, object x, Py_ssize_t n_rows) except -1:
-    return _append_any(tensor, x, None, n_rows)
+cdef int append_at(TensorCore tensor, object x, const Source *seen, Py_ssize_t n_rows) except -1:
+    return _append_any(tensor, x, seen, None, n_rows)
 
 
-cdef int _append_any(TensorCore tensor, object x, object stream, Py_ssize_t n_rows) except -1:
+cdef int _append_any(TensorCore tensor, object x, const Source *seen, object stream,
+                     Py_ssize_t n_rows) except -1:
     cdef _Append append
     cdef vmm_array array
     cdef vmm_tensor *handle
     append.tensor = <PyObject *>tensor
     append.x = <PyObject *>x
+    append.seen = seen
     return _append_all(1, &append, &array, &handle, stream, n_rows)
 
 
@@ -97,6 +100,7 @@ def append_many(tensors, sources, stream=None):
         for i in range(n):
             appends[i].tensor = <PyObject *>tensors[i]
             appends[i].x = <PyObject *>sources[i]
+            appends[i].seen = NULL
         _append_all(n, appends, arrays, handles, stream, -1)
     finally:
         PyMem_Free(appends)
@@ -147,6 +151,12 @@ cdef int _read(TensorCore target, object x, vmm_stream stream, _Append *out) exc
     """Describe x. Where it fails, nothing is held."""
     cdef View view
     out.pin = NULL
+    if out.seen != NULL:
+        out.source = out.seen[0]
+        out.source.array.shape = out.source.shape
+        if out.source.array.strides != NULL:
+            out.source.array.strides = out.source.strides
+        return 0
     if isinstance(x, TensorCore):
         (<TensorCore>x).live("append")
         return _read_rows(target, <TensorCore>x, 0, vmm_length((<TensorCore>x).handle), out)

@@ -8,6 +8,7 @@ do for this is a Framework, of its own module.
 """
 
 import importlib
+import os
 import warnings
 from operator import index
 
@@ -41,7 +42,7 @@ from pyvmm._libvmm cimport (
     vmm_user,
 )
 from pyvmm._pool cimport Pool, default_pool_of
-from pyvmm._source cimport Source, close_source, device_of, look_at
+from pyvmm._source cimport Source, device_of, look_at
 from pyvmm._tensor cimport VTensor
 from pyvmm._view cimport View, reserved_view
 
@@ -74,7 +75,8 @@ cdef class Framework:
 
     cpdef object unfit(self, object cache, object new):
         """None, or why only the framework's own concatenate gives the right result for these:
-        a subclass, gradients. Of their dtype, shape and device nothing need be asked."""
+        types that are not its own, gradients, elements that are not what lies in memory. Of
+        their dtype, shape and device nothing need be asked."""
         raise NotImplementedError
 
     cpdef object concatenate(self, object cache, object new, object axis):
@@ -231,9 +233,7 @@ cpdef object join(Framework framework, object cache, object new, object axis, ob
         return fall_back(reason, counts)
     try:
         look_at(cache, &old)
-        close_source(&old)
         look_at(new, &rows)
-        close_source(&rows)
     except (TypeError, ValueError, BufferError):
         return fall_back("memory that cannot be seen", counts)
     dimension = _dimension(axis, old.array.ndim)
@@ -304,14 +304,38 @@ cdef TensorCore _tensor_at(Framework framework, object cache, const Source *old,
         with nogil:
             vmm_release(handle)
         return None
-    return _own(handle, _device_name(device_of(old)))
+    return _own(handle, device_of(old))
 
 
-cdef TensorCore _own(vmm_tensor *handle, str device):
+# A Pool of each device: not a tensor's own, which may be gone, but what names its device. That
+# it may be closed does not matter.
+cdef dict _pools = {}
+cdef Pool _host_pool = None
+
+
+def _after_fork_in_child():
+    global _host_pool
+    _host_pool = None
+    _pools.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+cdef TensorCore _own(vmm_tensor *handle, DLDevice device):
     """An object for a tensor and for a reference to it, which it takes over."""
+    global _host_pool
     cdef TensorCore tensor = TensorCore.__new__(TensorCore)
-    # Its own Pool may be gone, and is not needed: what names the device is.
-    tensor.hold(handle, default_pool_of(device))
+    cdef Pool pool = _host_pool
+    if device.device_type != DL_CPU:
+        pool = _pools.get(device.device_id)
+    if pool is None:
+        pool = default_pool_of(_device_name(device))
+        if device.device_type == DL_CPU:
+            _host_pool = pool
+        else:
+            _pools[device.device_id] = pool
+    tensor.hold(handle, pool)
     return tensor
 
 
@@ -392,9 +416,9 @@ cdef object _continue(Framework framework, TensorCore tensor, object cache, cons
     cdef vmm_status status
     cdef bint is_tip = n_old == <Py_ssize_t>vmm_length(tensor.handle)
     if not _is_dense(rows):
-        new = framework.dense(new)
+        new, rows = framework.dense(new), NULL
     if is_tip and n_rows <= tensor.capacity_:
-        if append_at(tensor, new, n_old) == 0:
+        if append_at(tensor, new, rows, n_old) == 0:
             _appended += 1
             return _cut(framework, tensor, cache, n_rows)
         is_tip = False  # another thread was first
@@ -407,7 +431,7 @@ cdef object _continue(Framework framework, TensorCore tensor, object cache, cons
     with nogil:
         status = vmm_reserve(pool, &spec, &handle)
     check(status)
-    result = _fill(framework, _own(handle, tensor.pool_.device_name), cache, old, new)
+    result = _fill(framework, _own(handle, tensor.target.device), cache, old, new)
     if is_tip:
         _moved += 1
     else:

@@ -3,6 +3,7 @@ from pyvmm._libvmm cimport VMM_OK, vmm_status
 
 cdef int raise_last(vmm_status status) except -1 nogil
 cdef int raise_status(vmm_status status, str operation, str message) except -1
+cdef int explain_shortages(object who_holds_what) except -1
 
 
 cdef inline int check(vmm_status status) except -1 nogil:

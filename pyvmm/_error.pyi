@@ -1,3 +1,7 @@
+from collections.abc import Sequence
+
+from pyvmm._memory import Holder
+
 class VMMError(Exception):
     status: str
     driver_code: int
@@ -10,5 +14,7 @@ class VMMError(Exception):
         operation: str = "",
     ) -> None: ...
 
-class OutOfMemoryError(VMMError, MemoryError): ...
+class OutOfMemoryError(VMMError, MemoryError):
+    holders: Sequence[Holder]
+
 class CapacityError(VMMError, ValueError): ...

@@ -36,9 +36,15 @@ class VMMError(Exception):
 
 
 class OutOfMemoryError(VMMError, MemoryError):
-    """No memory left on the device, or the pool's budget is exhausted."""
+    """No memory left on the device, or the pool's budget is exhausted.
+
+    holders: who holds memory in this process, as tuples of device, name ("pyvmm.Pool",
+             "torch", "cupy", "paddle"), in_use_bytes and unused_bytes; the message has
+             them as a table
+    """
 
     __module__ = "pyvmm"
+    holders = ()
 
 
 class CapacityError(VMMError, ValueError):
@@ -69,16 +75,31 @@ cdef object _exception(vmm_status status, str message, int driver_code, str oper
     return _OURS.get(<int>status, VMMError)(message, name, driver_code, operation)
 
 
+# Who holds what (_memory.py, a layer above), for a shortage to tell: returns the holders, and
+# the same as text.
+cdef object _who_holds_what = None
+
+
+cdef int explain_shortages(object who_holds_what) except -1:
+    global _who_holds_what
+    _who_holds_what = who_holds_what
+    return 0
+
+
 cdef int raise_last(vmm_status status) except -1 nogil:
     # Copied before the GIL is taken: what runs then may fail on this thread, too.
     cdef vmm_error error = vmm_last_error()[0]
     with gil:
-        raise _exception(
+        exception = _exception(
             status,
             error.message.decode("utf-8", "replace"),
             error.driver_code,
             error.operation.decode("utf-8", "replace") if error.operation else "",
         )
+        if status == VMM_ERR_OUT_OF_MEMORY and _who_holds_what is not None:
+            exception.holders, text = _who_holds_what()
+            exception.args = (f"{exception.args[0]}\n{text}",)
+        raise exception
 
 
 cdef int raise_status(vmm_status status, str operation, str message) except -1:

@@ -79,6 +79,13 @@ cdef extern from "vmm.h" nogil:
     void vmm_pool_release(vmm_pool *pool)
     size_t vmm_pool_block_bytes(const vmm_pool *pool)
 
+    ctypedef void *vmm_stream
+    const vmm_stream VMM_STREAM_LEGACY
+    const vmm_stream VMM_STREAM_NONE
+
+    vmm_status vmm_pool_alloc(vmm_pool *pool, size_t bytes, vmm_stream stream, void **out)
+    vmm_status vmm_pool_free(vmm_pool *pool, void *pointer)
+
     # ---- tensors
     ctypedef struct vmm_dtype:
         uint8_t code
@@ -127,10 +134,6 @@ cdef extern from "vmm.h" nogil:
     void **vmm_user(vmm_tensor *tensor)
 
     # ---- growing, appending, shrinking
-    ctypedef void *vmm_stream
-    const vmm_stream VMM_STREAM_LEGACY
-    const vmm_stream VMM_STREAM_NONE
-
     vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows)
     vmm_status vmm_grow(vmm_tensor *tensor, size_t n_rows, void **out)
 

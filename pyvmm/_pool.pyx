@@ -10,7 +10,7 @@ from libc.stdint cimport uint64_t
 
 from pyvmm._device cimport canonical_name, open_device
 from pyvmm._dlpack cimport DL_CPU, DL_CUDA, DLDevice
-from pyvmm._error cimport check, raise_status
+from pyvmm._error cimport check, explain_shortages, raise_status
 from pyvmm._libvmm cimport (
     VMM_BLOCK_AUTO,
     VMM_CALL_COUNT,
@@ -35,7 +35,10 @@ from pyvmm._libvmm cimport (
 )
 
 from pyvmm._error import VMMError
+from pyvmm._memory import join, who_holds_what
 from pyvmm._sizes import byte_count
+
+explain_shortages(who_holds_what)
 
 
 # What appends keep alive until it has been read (_stream.pyx, a layer above) may be memory
@@ -97,7 +100,9 @@ cdef class Pool:
     max_bytes:  what the pool holds in all never exceeds it ("60GiB"); None is no budget
 
     On a GPU, memory that tensors give back is queued until the device is known to be done
-    with it; the next growth takes it, and trim() returns it to the driver.
+    with it; the next growth takes it, and trim() returns it to the driver. When the device is
+    full, the caches of torch, CuPy and Paddle are emptied where these are loaded, and other
+    pools of the device trimmed, before OutOfMemoryError is raised, which says who holds what.
 
     Thread-safe. Works as a context manager; when it ends, or the pool is collected, tensors
     of it go on, and its memory goes with them.
@@ -131,6 +136,7 @@ cdef class Pool:
         check(status)
         self.opened = opened
         self.handle = handle
+        join(self)
 
     # Before what a cycle refers to is cleared: the callbacks are such.
     def __del__(self):
@@ -254,7 +260,8 @@ cdef class Pool:
         tensors, empty a framework's cache, trim this pool), and returns something true if it
         freed any: then the pool tries once more. The tensor that is growing refuses calls
         meanwhile. An exception in it goes to sys.unraisablehook and counts as false.
-        Callbacks run in the order of registration, as long as the pool is open.
+        Callbacks run in the order of registration, as long as the pool is open, after the
+        caches of torch, CuPy and Paddle have been emptied.
         Raises TypeError for what cannot be called, VMMError when closed."""
         if not callable(callback):
             raise TypeError(f"callback must be callable, not {type(callback).__name__}")

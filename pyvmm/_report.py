@@ -24,7 +24,7 @@ def show(table: Table) -> None:
         import rich.console
         import rich.table
     except ImportError:
-        _show_plain(table, align)
+        print("\n" + "\n".join(plain_lines(table)))
         return
     made = rich.table.Table(
         title=table.title,
@@ -45,18 +45,21 @@ def show(table: Table) -> None:
     console.print(made)
 
 
-def _show_plain(table: Table, align: str) -> None:
+def plain_lines(table: Table) -> list[str]:
+    """The table as text, a line each, without colours."""
+    align = table.align or "r" * len(table.columns)
     lines = [table.columns, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
-    print(f"\n{table.title}")
+    text = [table.title]
     for line in lines:
         cells = [
             cell.ljust(width) if side == "l" else cell.rjust(width)
             for cell, width, side in zip(line, widths, align, strict=True)
         ]
-        print("  ".join(cells).rstrip())
+        text.append("  ".join(cells).rstrip())
     if table.caption:
-        print(table.caption)
+        text.append(table.caption)
+    return text
 
 
 @contextmanager

@@ -67,3 +67,12 @@ def byte_count(value: object, name: str) -> int:
     if n_bytes > sys.maxsize:
         raise OverflowError(f"{name} '{value}' does not fit 64 bits")
     return count(int(n_bytes), name, 1)
+
+
+def size_text(n_bytes: int) -> str:
+    """ "12.5 MiB", "96 bytes" """
+    value, unit = float(n_bytes), 0
+    while value >= 1024 and unit < 4:
+        value /= 1024
+        unit += 1
+    return f"{value:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

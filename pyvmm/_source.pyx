@@ -98,9 +98,10 @@ cdef void close_source(Source *source) noexcept:
 
 
 cdef int look_at(object x, Source *out) except -1:
-    """Describe x, to recognise its memory: nothing is asked of its producer, and nothing is
-    held but by close_source(). Raises TypeError for what has neither an exchange table nor
-    __cuda_array_interface__ and is no NumPy array, BufferError for what an append would refuse."""
+    """Describe x where it lies, to recognise its memory. Nothing is held, and whether the
+    elements are what lies there is not asked: the caller knows, by the framework.
+
+    Raises TypeError or ValueError for what has no memory that can be named."""
     cdef _Table table = _table_of(type(x))
     out.producer = NULL
     out.outlives = False
@@ -114,9 +115,8 @@ cdef int look_at(object x, Source *out) except -1:
         interface = getattr(x, "__cuda_array_interface__", None)
         if interface is not None:
             return _read_interface(x, interface, NULL, out)
-    except BaseException:
+    finally:
         close_source(out)
-        raise
     raise TypeError(f"{type(x).__name__} does not say where its memory is")
 
 
@@ -257,11 +257,13 @@ cdef _Table _find_table(type kind):
 
 cdef int _read_by_table(object x, _Table table, const Target *target, Source *out) except -1:
     cdef DLTensor tensor
-    if table.of_torch and x.requires_grad or table.of_paddle and not x.stop_gradient:
+    if target == NULL:
+        pass
+    elif table.of_torch and x.requires_grad or table.of_paddle and not x.stop_gradient:
         raise BufferError("x requires gradients, which an append does not record: x.detach() first")
     table.api.dltensor_from_py_object_no_sync(<void *>x, &tensor)
     _read_dltensor(&tensor, target, out)
-    if table.of_torch and _is_lazy(x, &tensor):
+    if target != NULL and table.of_torch and _is_lazy(x, &tensor):
         raise BufferError("x is conjugated or negated only when it is read: x.resolve_conj() or "
                           "x.resolve_neg() first")
     if tensor.device.device_type == DL_CUDA:

@@ -41,7 +41,7 @@ _keys_of = torch._C._dispatch_keys
 _n_dispatch_modes = torch._C._len_torch_dispatch_stack
 # Constant under torch.compile, which then sees torch.cat and nothing of this.
 _is_compiling = torch.compiler.is_dynamo_compiling
-_is_tracing = torch.jit.is_tracing
+_is_tracing = torch._C._is_tracing
 
 
 class _Torch(Framework):
@@ -207,7 +207,7 @@ def _viewing(original: Callable[..., Any]) -> Callable[..., Any]:
             turned = None if _is_compiling() else _SWITCH.active()
             if turned is None or not _is_ours(self):
                 raise
-            result = self.reshape(*args, **kwargs)
+            result = self.reshape(*args, *kwargs.values())  # size=, or one dtype=
             turned.reshaped += 1
             return result
 

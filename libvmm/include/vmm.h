@@ -4,7 +4,7 @@
  * memory as the data grows. The address of a row never changes and nothing is
  * ever copied to make room, so appending costs the copy of what is new and no
  * more. The same code runs on NVIDIA GPUs (CUDA's virtual memory management
- * calls) and on the host (anonymous memory).
+ * calls), on AMD GPUs (HIP's, experimental) and on the host (anonymous memory).
  *
  * This header is the manual. It goes from the simple to the advanced:
  *
@@ -137,14 +137,21 @@ typedef struct vmm_device vmm_device;
 typedef enum vmm_device_kind {
     VMM_DEVICE_HOST = 0,
     VMM_DEVICE_CUDA = 1,
+    VMM_DEVICE_HIP = 2,
 } vmm_device_kind;
 
 /* vmm_device_open() - the device of that name.
- *   name   "host" (or "cpu"), "cuda:N", "cuda" (the same as "cuda:0")
+ *   name   "host" (or "cpu"), "cuda:N", "cuda" (the same as "cuda:0"), "hip:N", "hip"
  * The CUDA driver library is loaded at the first use of a "cuda" name: libcuda.so.1, or
  * what the environment variable VMM_CUDA_LIBRARY names. The device's primary context
  * is retained and stays so while the process lives; the caller's current context is
  * left as it was found. Opening a device twice gives the same device, counted.
+ * "hip" names are AMD GPUs, experimental: the code has run on none yet. The HIP runtime
+ * (ROCm 5.3 or later) is the libamdhip64.so that the process uses already, else the first
+ * that is found, or what VMM_HIP_LIBRARY names. The append kernel is there if the library
+ * was built where there was a HIP compiler, for the GPUs that were named then (gfx90a and
+ * gfx942 by default), or in the file that VMM_HIP_KERNELS names; else opening returns
+ * VMM_ERR_UNSUPPORTED.
  * Returns VMM_ERR_INVALID (a name of another form), VMM_ERR_NO_DRIVER,
  * VMM_ERR_NO_DEVICE, VMM_ERR_UNSUPPORTED (a GPU without virtual memory management),
  * VMM_ERR_FORKED (a GPU in a child of a process that uses CUDA), VMM_ERR_DRIVER.
@@ -157,7 +164,7 @@ VMM_API void vmm_device_close(vmm_device *device);
 
 typedef struct vmm_device_info {
     vmm_device_kind kind;
-    int index;                /* N of "cuda:N"; 0 for the host */
+    int index;                /* N of "cuda:N" or "hip:N"; 0 for the host */
     char name[128];           /* the name vmm_device_open() took: "cuda:0" */
     char description[128];    /* "NVIDIA H100 80GB HBM3", "host memory" */
     size_t granularity_bytes; /* the smallest block, and what every block is a multiple of */
@@ -165,9 +172,9 @@ typedef struct vmm_device_info {
     size_t reservable_bytes;  /* the largest single reservation, found by trying powers of two */
     size_t free_bytes;        /* physical memory not in use, now */
     size_t total_bytes;       /* physical memory of the device */
-    int driver_version;       /* CUDA: 13000 for 13.0; 0 for the host */
+    int driver_version;       /* CUDA: 13000 for 13.0; HIP: 60342134 for 6.3.42134; host: 0 */
     int exportable_handles;   /* 1 if blocks could be exported as file descriptors */
-    char kernel[32]; /* which form of the append kernel is used: "fatbin", "ptx", "memcpy" */
+    char kernel[32]; /* which form of the append kernel is used: "fatbin", "ptx", "hipfb", "memcpy" */
 } vmm_device_info;
 
 /* vmm_device_query() - fill `out`. Makes a dozen driver calls; not for a hot path.
@@ -233,6 +240,26 @@ VMM_API vmm_status vmm_pool_close(vmm_pool *pool);
  * destructor, on any thread. Tensors of it go on. What it holds is returned by a later
  * call on any pool of the device, once nothing uses it. NULL is ignored. */
 VMM_API void vmm_pool_release(vmm_pool *pool);
+
+typedef void *vmm_stream; /* a CUstream. NULL is the legacy default stream. Ignored on the host */
+#define VMM_STREAM_LEGACY ((vmm_stream)1)
+#define VMM_STREAM_PER_THREAD ((vmm_stream)2)
+#define VMM_STREAM_NONE ((vmm_stream)(intptr_t)-1) /* where a call says that it takes it */
+
+/* vmm_pool_alloc() - memory of a fixed size, for the allocator of a framework: so that its
+ * tensors and those that grow share one budget.
+ *   bytes    at least 1; a whole number of blocks is taken, one block under VMM_BLOCK_AUTO
+ *   stream   the one whose work needs the memory; if it is being captured, no fence is taken
+ * Runs no out-of-memory callback, since the caller may hold locks that they want.
+ * Returns VMM_ERR_INVALID, VMM_ERR_OVERFLOW, VMM_ERR_OUT_OF_MEMORY, VMM_ERR_DRIVER,
+ * VMM_ERR_FORKED. Cost: one driver call and three for each block. Thread-safe. */
+VMM_API vmm_status vmm_pool_alloc(vmm_pool *pool, size_t bytes, vmm_stream stream, void **out);
+
+/* vmm_pool_free() - give an allocation back: as vmm_close() does, with no driver call on a GPU,
+ * so also during a capture and after work on the memory has been submitted. NULL is ignored,
+ * and so is everything in a forked child.
+ * Returns VMM_ERR_INVALID for what is no allocation of this pool. Thread-safe. */
+VMM_API vmm_status vmm_pool_free(vmm_pool *pool, void *pointer);
 
 /* Element types have DLPack's codes, so that a DLDataType can be copied over. `bits` is a
  * multiple of 8 and `lanes` is 1. The library moves elements and never reads them. */
@@ -354,11 +381,6 @@ VMM_API void **vmm_user(vmm_tensor *tensor);
  *
  * One writer at a time for each tensor (see 10.).
  */
-typedef void *vmm_stream; /* a CUstream. NULL is the legacy default stream. Ignored on the host */
-#define VMM_STREAM_LEGACY ((vmm_stream)1)
-#define VMM_STREAM_PER_THREAD ((vmm_stream)2)
-#define VMM_STREAM_NONE ((vmm_stream)(intptr_t)-1) /* where a call says that it takes it */
-
 /* vmm_map() - back the first `n_rows` rows with memory, as far as they are not yet.
  * The length does not change. Rows mapped by request stay until vmm_trim().
  *   n_rows   0 .. capacity

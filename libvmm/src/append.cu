@@ -9,6 +9,9 @@
  * job is the same for all threads of a block, so no branch on it diverges.
  */
 #include "append.h"
+#ifdef __HIP__
+#include "append_hip.h"
+#endif
 
 namespace {
 

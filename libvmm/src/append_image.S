@@ -1,5 +1,6 @@
-/* The append kernel, embedded. The Makefile names the two files:
+/* The append kernel, embedded. The Makefile names the files:
  *   VMM_APPEND_FATBIN  nvcc's output, or an empty file where there was no nvcc
+ *   VMM_APPEND_HIPFB   clang's for AMD GPUs, or an empty file where there was no HIP compiler
  *   VMM_APPEND_PTX     append.ptx as checked in: text, so it gets a NUL behind it
  * `_end` is one past the last byte, the NUL included. Two equal labels: nothing there. */
     .macro image name, path
@@ -7,7 +8,7 @@
     .hidden \name\()_end
     .globl  \name
     .globl  \name\()_end
-    .balign 64
+    .balign 4096 /* where HIP has its code objects */
 \name:
     .incbin "\path"
     .endm
@@ -15,6 +16,9 @@
     .section .rodata
     image vmm_append_fatbin, VMM_APPEND_FATBIN
 vmm_append_fatbin_end:
+
+    image vmm_append_hipfb, VMM_APPEND_HIPFB
+vmm_append_hipfb_end:
 
     image vmm_append_ptx, VMM_APPEND_PTX
     .byte 0

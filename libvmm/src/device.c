@@ -27,26 +27,30 @@ __attribute__((constructor)) static void watch_forks(void) {
     pthread_atfork(NULL, NULL, after_fork_in_child);
 }
 
-/* "host", "cpu", "cuda", "cuda:3" to ops and index. */
+static const driver_ops *const gpus[] = {&driver_cuda_ops, &driver_hip_ops};
+
+/* "host", "cpu", "cuda", "cuda:3", "hip:0" to ops and index. */
 static vmm_status parse_name(const char *name, const driver_ops **ops, int *index) {
     *index = 0;
     if (name && (strcmp(name, "host") == 0 || strcmp(name, "cpu") == 0)) {
         *ops = &driver_host_ops;
         return VMM_OK;
     }
-    if (name && strncmp(name, "cuda", 4) == 0 && (name[4] == '\0' || name[4] == ':')) {
-        *ops = &driver_cuda_ops;
-        if (name[4] == '\0')
-            return VMM_OK;
-        const char *digits = name + 5;
-        size_t n = strspn(digits, "0123456789");
-        if (n >= 1 && n <= 4 && digits[n] == '\0') {
-            *index = atoi(digits);
-            return VMM_OK;
-        }
+    for (size_t i = 0; name && i < sizeof gpus / sizeof gpus[0]; i++) {
+        size_t length = strlen(gpus[i]->device_name);
+        if (strncmp(name, gpus[i]->device_name, length) != 0)
+            continue;
+        const char *digits = name + length + 1;
+        size_t n = name[length] == ':' ? strspn(digits, "0123456789") : 0;
+        bool is_numbered = n >= 1 && n <= 4 && digits[n] == '\0';
+        if (name[length] != '\0' && !is_numbered)
+            break;
+        *ops = gpus[i];
+        *index = is_numbered ? atoi(digits) : 0;
+        return VMM_OK;
     }
     return vmm_fail(VMM_ERR_INVALID, "device_open",
-                    "unknown device '%.64s': known are 'host' (or 'cpu') and 'cuda:N'",
+                    "unknown device '%.64s': known are 'host' (or 'cpu'), 'cuda:N' and 'hip:N'",
                     name ? name : "(null)");
 }
 
@@ -76,7 +80,7 @@ static vmm_status open_locked(const driver_ops *ops, int index, vmm_device **out
     if (ops->kind == VMM_DEVICE_HOST)
         snprintf(device->name, sizeof device->name, "host");
     else
-        snprintf(device->name, sizeof device->name, "cuda:%d", index);
+        snprintf(device->name, sizeof device->name, "%s:%d", ops->device_name, index);
     device->next = registry;
     registry = device;
     *out = device;
@@ -90,7 +94,7 @@ free_device:
 }
 
 vmm_status vmm_device_open(const char *name, vmm_device **out) {
-    const driver_ops *ops;
+    const driver_ops *ops = NULL;
     int index;
     if (!out)
         return vmm_fail(VMM_ERR_INVALID, "device_open", "out is NULL");

@@ -30,6 +30,9 @@ typedef struct driver_ops {
      * fence, events and streams mean something. Where it is false, `copy` and everything
      * from `launch` on are NULL and never called: the CPU copies by itself (append.c). */
     bool is_async;
+    /* set_access takes one block at a time, as map made it. */
+    bool access_by_block;
+    const char *device_name; /* "cuda": the name without its index */
 
     /* Open device `index`; `state` is handed to every other entry. */
     vmm_status (*open)(int index, void **state);
@@ -77,6 +80,7 @@ typedef struct driver_ops {
 
 extern const driver_ops driver_host_ops;
 extern const driver_ops driver_cuda_ops;
+extern const driver_ops driver_hip_ops;
 
 /* A device that is open. Devices are shared: one for each name, see device.c. */
 struct vmm_device {

@@ -185,6 +185,7 @@ static vmm_status host_fill(void *state, uintptr_t dst, size_t bytes, vmm_stream
 const driver_ops driver_host_ops = {
     .kind = VMM_DEVICE_HOST,
     .is_async = false,
+    .device_name = "host",
     .open = host_open,
     .close = host_close,
     .query = host_query,

@@ -223,10 +223,10 @@ static vmm_status reclaim_covered(pool_work *work, bool parked_only) {
         pthread_mutex_lock(&pool->lock);
         bool fenced =
             !parked_only && (!pool->device->ops->is_async || pool->fences_passed > entry->epoch);
-        bool useful = fenced || entry->parked_bytes > 0;
+        bool useful = fenced || entry->parked_bytes > 0, retired = entry->retired;
         pthread_mutex_unlock(&pool->lock);
         if (useful) {
-            vmm_status status = entry->reclaim(entry, work, fenced, &gone);
+            vmm_status status = entry->reclaim(entry, work, fenced, retired, &gone);
             if (status && !first)
                 first = status;
         }
@@ -389,12 +389,15 @@ vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes,
         status = take_or_create(work, size, out);
     if (status != VMM_ERR_OUT_OF_MEMORY || !wait || !pool_has_queue(pool))
         return status;
-    vmm_undo_begin();
     vmm_status reclaimed = reclaim(work, true);
-    vmm_undo_end();
-    if (reclaimed)
-        return status;
-    return pool_take_block(work, bytes, smallest_bytes, false, out);
+    vmm_error refusal = *vmm_last_error();
+    /* What could not be taken back may not have been all there was. */
+    status = pool_take_block(work, bytes, smallest_bytes, false, out);
+    if (status == VMM_ERR_OUT_OF_MEMORY && reclaimed && reclaimed != VMM_ERR_CAPTURING) {
+        vmm_fail_again(&refusal); /* the cause: there was memory, and the driver kept it */
+        status = reclaimed;
+    }
+    return status;
 }
 
 /* Address space of closed tensors that never mapped anything is not asked for by any
@@ -425,17 +428,30 @@ vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, ui
     return status;
 }
 
-bool pool_run_callbacks(vmm_pool *pool, size_t needed_bytes) {
-    bool freed = false;
+/* The callback that was registered next after number `*last`, of those up to `end`. */
+static bool next_callback(vmm_pool *pool, uint64_t *last, uint64_t end, pool_callback *out) {
+    bool found = false;
     pthread_mutex_lock(&pool->lock);
-    size_t n = pool->n_callbacks;
-    pool_callback *callbacks = n ? malloc(n * sizeof *callbacks) : NULL;
-    for (size_t i = 0; callbacks && i < n; i++)
-        callbacks[i] = pool->callbacks[i];
+    for (size_t i = 0; i < pool->n_callbacks && !found; i++) {
+        *out = pool->callbacks[i];
+        found = out->number > *last && out->number <= end;
+    }
     pthread_mutex_unlock(&pool->lock);
-    for (size_t i = 0; callbacks && i < n; i++)
-        freed |= callbacks[i].function(callbacks[i].user, needed_bytes) != 0;
-    free(callbacks);
+    if (found)
+        *last = out->number;
+    return found;
+}
+
+bool pool_run_callbacks(vmm_pool *pool, size_t needed_bytes) {
+    /* One by one, for they may register and remove; no copy, for there may be no memory. */
+    bool freed = false;
+    pool_callback callback;
+    uint64_t last = 0;
+    pthread_mutex_lock(&pool->lock);
+    uint64_t end = pool->callbacks_registered;
+    pthread_mutex_unlock(&pool->lock);
+    while (next_callback(pool, &last, end, &callback))
+        freed |= callback.function(callback.user, needed_bytes) != 0;
     return freed;
 }
 
@@ -453,7 +469,7 @@ void pool_range_gone(vmm_pool *pool) {
 
 /* ---- public --------------------------------------------------------------------- */
 
-static vmm_status check_pool(const vmm_pool *pool, const char *operation) {
+vmm_status pool_check(const vmm_pool *pool, const char *operation) {
     if (!pool)
         return vmm_fail(VMM_ERR_INVALID, operation, "pool is NULL");
     if (pool->process != vmm_process)
@@ -502,7 +518,7 @@ size_t vmm_pool_block_bytes(const vmm_pool *pool) {
 }
 
 vmm_status vmm_pool_trim(vmm_pool *pool, int wait) {
-    vmm_status status = check_pool(pool, "pool_trim");
+    vmm_status status = pool_check(pool, "pool_trim");
     if (status)
         return status;
     pool_work work;
@@ -514,7 +530,7 @@ vmm_status vmm_pool_trim(vmm_pool *pool, int wait) {
 }
 
 vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, void *user) {
-    vmm_status status = check_pool(pool, "pool_on_oom");
+    vmm_status status = pool_check(pool, "pool_on_oom");
     if (status)
         return status;
     pthread_mutex_lock(&pool->lock);
@@ -523,7 +539,8 @@ vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, void *user
             realloc(pool->callbacks, (pool->n_callbacks + 1) * sizeof *pool->callbacks);
         if (grown) {
             pool->callbacks = grown;
-            grown[pool->n_callbacks++] = (pool_callback){callback, user};
+            grown[pool->n_callbacks++] =
+                (pool_callback){callback, user, ++pool->callbacks_registered};
         } else {
             status = vmm_fail(VMM_ERR_OUT_OF_MEMORY, "pool_on_oom", "no host memory left");
         }
@@ -541,7 +558,7 @@ vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, void *user
 }
 
 vmm_status vmm_pool_capture_begin(vmm_pool *pool) {
-    vmm_status status = check_pool(pool, "pool_capture_begin");
+    vmm_status status = pool_check(pool, "pool_capture_begin");
     if (status)
         return status;
     /* Behind `work`: a fence that is being taken now is done before the capture begins. */
@@ -555,7 +572,7 @@ vmm_status vmm_pool_capture_begin(vmm_pool *pool) {
 }
 
 vmm_status vmm_pool_capture_end(vmm_pool *pool) {
-    vmm_status status = check_pool(pool, "pool_capture_end");
+    vmm_status status = pool_check(pool, "pool_capture_end");
     if (status)
         return status;
     pthread_mutex_lock(&pool->lock);
@@ -570,7 +587,7 @@ vmm_status vmm_pool_capture_end(vmm_pool *pool) {
 }
 
 vmm_status vmm_pool_statistics(vmm_pool *pool, vmm_pool_stats *out) {
-    vmm_status status = check_pool(pool, "pool_statistics");
+    vmm_status status = pool_check(pool, "pool_statistics");
     if (status)
         return status;
     if (!out)
@@ -618,7 +635,7 @@ static bool is_empty(vmm_pool *pool) {
 vmm_status vmm_pool_close(vmm_pool *pool) {
     if (pool && pool->process != vmm_process)
         return VMM_OK;
-    vmm_status status = check_pool(pool, "pool_close");
+    vmm_status status = pool_check(pool, "pool_close");
     if (status)
         return status;
     pool_work work;
@@ -628,8 +645,8 @@ vmm_status vmm_pool_close(vmm_pool *pool) {
     pthread_mutex_unlock(&pool->lock);
     if (live)
         status = vmm_fail(VMM_ERR_BUSY, "pool_close",
-                          "%zu tensor(s) of this pool on %s still live: close them and drop "
-                          "what was exported first",
+                          "%zu tensor(s) or allocation(s) of this pool on %s still live: close "
+                          "them and drop what was exported first",
                           live, pool->device->name);
     if (!status)
         status = reclaim(&work, true);

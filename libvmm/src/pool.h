@@ -36,10 +36,11 @@ typedef struct pool_entry {
     uint64_t epoch;      /* the number of the last fence that does not cover it */
     size_t queued_bytes; /* awaiting a fence */
     size_t parked_bytes; /* refused by the driver, awaiting the next try */
-    /* Give back what is covered; with `fenced` all of it, else only what is parked. Under
-     * work. Sets `gone` when the entry has been freed. */
+    /* Give back what is covered; with `fenced` all of it, else only what is parked. `retired`
+     * as of the moment that `fenced` was found: an owner who goes later leaves memory that no
+     * fence covers yet. Under work. Sets `gone` when the entry has been freed. */
     vmm_status (*reclaim)(struct pool_entry *entry, struct pool_work *work, bool fenced,
-                          bool *gone);
+                          bool retired, bool *gone);
 } pool_entry;
 
 typedef struct pool_event {
@@ -50,6 +51,7 @@ typedef struct pool_event {
 typedef struct pool_callback {
     vmm_oom_callback function;
     void *user;
+    uint64_t number; /* ascending, in the order of registration */
 } pool_callback;
 
 struct vmm_pool {
@@ -71,10 +73,12 @@ struct vmm_pool {
     size_t in_use_bytes, free_bytes, queued_bytes, parked_bytes, peak_bytes;
     uint64_t fences_recorded;
     size_t live_ranges;
+    void *allocations; /* ranges by their address, see alloc.c */
     int captures;
     pool_event *spare_events;
     pool_callback *callbacks;
     size_t n_callbacks;
+    uint64_t callbacks_registered;
     struct vmm_pool *next_abandoned;
 
     uint64_t driver_calls[VMM_CALL_COUNT]; /* atomic */
@@ -103,6 +107,9 @@ static inline void pool_count(vmm_pool *pool, uint64_t *tensor_calls, vmm_call c
  * the end. */
 void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream);
 void pool_work_end(pool_work *work);
+
+/* May this call use the pool: it exists, here. */
+vmm_status pool_check(const vmm_pool *pool, const char *operation);
 
 /* Take a block of `bytes` for mapping, counted as in use. When there is none: blocks that
  * fences have released; smaller ones down to `smallest_bytes`, by halves; with `wait` those

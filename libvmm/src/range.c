@@ -63,16 +63,14 @@ static vmm_status unmap_last(range *range, size_t lane_index, pool_work *work, b
     return VMM_OK;
 }
 
-static vmm_status reclaim_range(pool_entry *entry, pool_work *work, bool fenced, bool *gone) {
+static vmm_status reclaim_range(pool_entry *entry, pool_work *work, bool fenced, bool retired,
+                                bool *gone) {
     range *range = (struct range *)entry;
     vmm_pool *pool = range->pool;
     vmm_status first = VMM_OK;
-    pthread_mutex_lock(&pool->lock);
-    bool all = fenced && entry->retired;
-    pthread_mutex_unlock(&pool->lock);
     for (size_t i = 0; i < range->n_lanes; i++) {
         range_lane *lane = &range->lanes[i];
-        size_t keep = all ? 0 : lane->n_live;
+        size_t keep = retired ? 0 : lane->n_live;
         vmm_status status = VMM_OK;
         while (!status && lane->n_blocks > keep &&
                (fenced || lane->blocks[lane->n_blocks - 1]->parked))
@@ -80,7 +78,7 @@ static vmm_status reclaim_range(pool_entry *entry, pool_work *work, bool fenced,
         if (status && !first)
             first = status;
     }
-    if (!all || first)
+    if (!fenced || !retired || first)
         return first;
     first = DRIVER(pool, work->tensor_calls, free, range->base, range->bytes);
     if (first)
@@ -221,6 +219,23 @@ static vmm_status map_next(range_change *change, range *range, size_t lane_index
     return VMM_OK;
 }
 
+/* Open the live blocks of a lane from `open_from` on, a block's begin. */
+static vmm_status set_access(range *range, size_t lane_index, size_t open_from, pool_work *work) {
+    const range_lane *lane = &range->lanes[lane_index];
+    uintptr_t base = lane_base(range, lane_index);
+    if (!range->pool->device->ops->access_by_block)
+        return DRIVER(range->pool, work->tensor_calls, set_access, base + open_from,
+                      lane->live_bytes - open_from);
+    vmm_status status = VMM_OK;
+    size_t end = lane->live_bytes;
+    for (size_t i = lane->n_live; i-- > 0 && end > open_from && !status;) {
+        end -= lane->blocks[i]->bytes;
+        status = DRIVER(range->pool, work->tensor_calls, set_access, base + end,
+                        lane->blocks[i]->bytes);
+    }
+    return status;
+}
+
 static vmm_status extend_lane(range_change *change, range *range, size_t lane_index, size_t bytes,
                               bool wait) {
     range_lane *lane = &range->lanes[lane_index];
@@ -245,8 +260,7 @@ static vmm_status extend_lane(range_change *change, range *range, size_t lane_in
             return status;
     }
     /* Revived blocks may be the remains of an undo, which have none. */
-    return DRIVER(range->pool, change->work->tensor_calls, set_access,
-                  lane_base(range, lane_index) + open_from, lane->live_bytes - open_from);
+    return set_access(range, lane_index, open_from, change->work);
 }
 
 vmm_status range_extend(range_change *change, range *range, size_t lane_bytes, bool wait) {

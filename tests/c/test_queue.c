@@ -2,6 +2,8 @@
  * all of it when it is needed. On the host it goes back at once (invariants 6 and 9). */
 #include "check.h"
 
+#include <semaphore.h>
+
 static const int64_t shape[] = {0, 64 * 1024}; /* uint8 */
 
 static vmm_spec make_spec(const fixture *f) {
@@ -110,6 +112,56 @@ static void test_trim_and_regrow(const fixture *f) {
     CHECK_OK(vmm_pool_trim(f->pool, 1));
 }
 
+static void wait_for(void *semaphore) {
+    sem_wait(semaphore);
+}
+
+/* A fence says nothing of what is queued after it was recorded, by the same tensor either. */
+static void test_fence_covers_what_was_before(const fixture *f) {
+    size_t granule = f->granularity_bytes, rows = granule / (64 * KIB);
+    vmm_spec spec = make_spec(f);
+    model m = model_open(f, &spec), other = model_open(f, &spec);
+    vmm_pool_stats stats;
+    sem_t first, second;
+    void *stream, *memory;
+
+    sem_init(&first, 0, 0);
+    sem_init(&second, 0, 0);
+    CHECK_CUDA(cuda()->stream_create(&stream, CUDA_STREAM_NON_BLOCKING));
+    CHECK_CUDA(cuda()->host_alloc(&memory, 64 * KIB, 0));
+    model_append(&m, VMM_UINT8, 4 * rows, VMM_MEMORY_HOST, NULL);
+    CHECK_CUDA(cuda()->host_function(stream, wait_for, &first));
+    CHECK_OK(vmm_truncate(m.tensor, 2 * rows, VMM_STREAM_NONE));
+    CHECK_OK(vmm_trim(m.tensor));
+    model_grow(&other, rows, false);
+    CHECK_OK(vmm_pool_statistics(f->pool, &stats));
+    uint64_t fences = stats.driver_calls[VMM_CALL_fence];
+    CHECK_SIZE(stats.queued_bytes, 2 * granule);
+
+    sem_post(&first);
+    CHECK_CUDA(cuda()->stream_synchronize(stream));
+    CHECK_CUDA(cuda()->host_function(stream, wait_for, &second));
+    CHECK_CUDA(cuda()->to_host_async(memory, (uintptr_t)m.base + granule, 64 * KIB, stream));
+    CHECK_OK(vmm_truncate(m.tensor, rows, VMM_STREAM_NONE));
+    m.length = rows;
+    CHECK_OK(vmm_trim(m.tensor));
+    model_grow(&other, rows, false);
+    CHECK_OK(vmm_pool_statistics(f->pool, &stats));
+    CHECK_SIZE(stats.queued_bytes, 3 * granule);
+    CHECK(stats.driver_calls[VMM_CALL_fence] == fences + 1);
+
+    sem_post(&second);
+    CHECK_CUDA(cuda()->stream_synchronize(stream));
+    for (size_t i = 0; i < 64 * KIB; i += 4096)
+        CHECK(((uint8_t *)memory)[i] == row_byte(m.numbers[rows], i));
+    model_check(&m);
+    model_close(&m);
+    model_close(&other);
+    CHECK_OK(vmm_pool_trim(f->pool, 1));
+    CHECK_CUDA(cuda()->host_free(memory));
+    CHECK_CUDA(cuda()->stream_destroy(stream));
+}
+
 /* Between capture_begin and capture_end no fence is taken. */
 static void test_capture(const fixture *f) {
     size_t granule = f->granularity_bytes, rows = granule / (64 * KIB);
@@ -164,6 +216,7 @@ int main(int argc, char **argv) {
         test_close_queues(&f);
         test_reuse(&f);
         test_trim_and_regrow(&f);
+        test_fence_covers_what_was_before(&f);
         test_capture(&f);
     } else {
         test_host(&f);

@@ -38,6 +38,7 @@ DEVICES = _find_devices()
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "keeps_memory: leaves memory in use in a default pool")
+    config.addinivalue_line("markers", "frameworks: of whole models, by make test-frameworks")
 
 
 @pytest.fixture(params=DEVICES)

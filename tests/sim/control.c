@@ -33,6 +33,7 @@ static long counts[SIM_N_CALLS];
 static rule rules[MAX_RULES];
 static size_t n_rules;
 static long n_failed, n_reports;
+static const char *first_failed; /* by a rule for any call */
 static char last_report[512];
 static unsigned long long random_state = 1;
 static _Thread_local sim_call this_call;
@@ -132,6 +133,8 @@ static CUresult injected(sim_call call) {
         }
         if (r->times > 0)
             r->times--;
+        if (r->call == ANY_CALL && !first_failed)
+            first_failed = calls[call].name;
         if (status == CUDA_SUCCESS)
             status = r->code;
     }
@@ -194,6 +197,13 @@ long vmm_sim_failed(void) {
     return n;
 }
 
+const char *vmm_sim_failed_call(void) {
+    pthread_mutex_lock(&sim.lock);
+    const char *name = first_failed;
+    pthread_mutex_unlock(&sim.lock);
+    return name;
+}
+
 void vmm_sim_fail_none(void) {
     pthread_mutex_lock(&sim.lock);
     n_rules = 0;
@@ -205,6 +215,7 @@ void vmm_sim_reset(void) {
     memset(counts, 0, sizeof counts);
     n_rules = 0;
     n_failed = n_reports = 0;
+    first_failed = NULL;
     last_report[0] = 0;
     sim.poison = CUDA_SUCCESS;
     pthread_mutex_unlock(&sim.lock);

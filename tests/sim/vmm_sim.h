@@ -58,6 +58,8 @@ int vmm_sim_version(void);
 int vmm_sim_fail(const char *call, long nth, int code, int times);
 /* How many calls the rules have failed since the last reset. */
 long vmm_sim_failed(void);
+/* The first of the calls that rules for "*" have failed since the last reset, NULL for none. */
+const char *vmm_sim_failed_call(void);
 /* Take every rule back; the counters stay. */
 void vmm_sim_fail_none(void);
 

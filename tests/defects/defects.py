@@ -1,0 +1,266 @@
+"""The defects that plant.py plants, each with the test that must notice it.
+
+A replacement is exact and must fit the source once. Where it no longer does, the run fails:
+mend it here with the change of the source.
+"""
+
+from dataclasses import dataclass
+
+C = "tests/c/{}.c"
+PY = "tests/python/{}"
+
+
+@dataclass(frozen=True)
+class Defect:
+    name: str
+    says: str  # what is wrong with the library, for the table
+    file: str
+    replacements: tuple  # of (from, to)
+    test: str  # a C program's source, run on the simulated cuda:0, or a pytest id
+    on: str = "cuda:0"
+
+
+def replaces(*texts):
+    """Pairs of what is there and what is planted."""
+    return tuple(zip(texts[::2], texts[1::2], strict=True))
+
+
+DEFECTS = [
+    # ---- those the project promises to notice ------------------------------------------
+    Defect(
+        "access",
+        "no access call for blocks that are taken back into use",
+        "libvmm/src/range.c",
+        replaces(
+            "size_t open_from = lane->live_bytes;",
+            "size_t open_from = lane->total_bytes;",
+            "    /* Revived blocks may be the remains of an undo, which have none. */\n",
+            "    if (open_from >= lane->live_bytes)\n        return VMM_OK;\n",
+        ),
+        C.format("test_undo"),
+    ),
+    Defect(
+        "release",
+        "a block's handle is never released",
+        "libvmm/src/pool.c",
+        replaces(
+            "vmm_status status = DRIVER(pool, work->tensor_calls, release, block->handle, "
+            "block->bytes);",
+            "vmm_status status = VMM_OK;",
+        ),
+        C.format("test_queue"),
+    ),
+    Defect(
+        "fence",
+        "queued blocks are unmapped without a fence",
+        "libvmm/src/pool.c",
+        replaces(
+            "!parked_only && (!pool->device->ops->is_async || pool->fences_passed > entry->epoch);",
+            "!parked_only;",
+        ),
+        C.format("test_queue"),
+    ),
+    Defect(
+        "slack",
+        "the block policy is off by one step: a block may be twice as large",
+        "libvmm/src/range.c",
+        replaces(
+            "while (size * 2 <= offset / 8 + granularity &&",
+            "while (size <= offset / 8 + granularity &&",
+        ),
+        C.format("test_slack"),
+    ),
+    Defect(
+        "length",
+        "the length counts the rows of an append that failed",
+        "libvmm/src/append.c",
+        replaces(
+            "        if (!status)\n            tensor_set_length(tensors[i], "
+            "tensors[i]->length + n_rows);",
+            "        tensor_set_length(tensors[i], tensors[i]->length + n_rows);",
+        ),
+        C.format("test_undo"),
+    ),
+    Defect(
+        "export-count",
+        "an export that is dropped is still counted",
+        "libvmm/src/pin.c",
+        replaces("    free(pin);\n    tensor_unreference(tensor);\n", "    free(pin);\n"),
+        C.format("test_pins"),
+    ),
+    Defect(
+        "capsule",
+        "a DLPack capsule's deleter forgets the export",
+        "pyvmm/_dlpack.pyx",
+        replaces("    vmm_unpin(export.pin)\n", "    pass\n"),
+        PY.format("test_exports.py"),
+    ),
+    Defect(
+        "twice",
+        "a block is given back to the pool twice",
+        "libvmm/src/range.c",
+        replaces(
+            "    pool_give_block(work, block, release);\n    return VMM_OK;\n",
+            "    pool_give_block(work, block, release);\n"
+            "    pool_give_block(work, block, release);\n    return VMM_OK;\n",
+        ),
+        C.format("test_queue"),
+    ),
+    # ---- memory -------------------------------------------------------------------------
+    Defect(
+        "addresses",
+        "a closed tensor's reservation is not returned",
+        "libvmm/src/range.c",
+        replaces(
+            "first = DRIVER(pool, work->tensor_calls, free, range->base, range->bytes);",
+            "first = VMM_OK;",
+        ),
+        C.format("test_lifetime"),
+    ),
+    Defect(
+        "parked",
+        "blocks that the driver refused to take back are not tried again",
+        "libvmm/src/pool.c",
+        replaces("bool retry = pool->parked_bytes > 0;", "bool retry = false;"),
+        C.format("test_undo"),
+    ),
+    Defect(
+        "undo-late",
+        "an undo unmaps what submitted work may have touched",
+        "libvmm/src/range.c",
+        replaces("        if (touched)\n            continue;\n", "        (void)touched;\n"),
+        C.format("test_undo"),
+    ),
+    Defect(
+        "epoch",
+        "what is queued after a fence was recorded counts as before it",
+        "libvmm/src/pool.c",
+        replaces(
+            "    entry->epoch = pool->fences_recorded;\n",
+            "    if (!entry->linked)\n        entry->epoch = pool->fences_recorded;\n",
+        ),
+        C.format("test_queue"),
+    ),
+    Defect(
+        "budget",
+        "the budget is compared without the block that is asked for",
+        "libvmm/src/pool.c",
+        replaces(
+            "return held > pool->max_bytes - bytes ? held - (pool->max_bytes - bytes) : 0;",
+            "return held > pool->max_bytes ? held - pool->max_bytes : 0;",
+        ),
+        C.format("test_budget"),
+    ),
+    Defect(
+        "not-ready",
+        "an access call that is not ready is not tried again",
+        "libvmm/src/driver_cuda.c",
+        replaces("i < SET_ACCESS_ATTEMPTS; i++", "i < 0; i++"),
+        C.format("test_undo"),
+    ),
+    Defect(
+        "zero",
+        "rows of a tensor with zero=True are not filled",
+        "libvmm/src/tensor.c",
+        replaces(
+            "if (!status && tensor->spec.zero) {", "if (!status && tensor->spec.zero && false) {"
+        ),
+        C.format("test_zero"),
+    ),
+    Defect(
+        "pins",
+        "rows under an export can be truncated away",
+        "libvmm/src/pin.c",
+        replaces("bool allowed = *pinned <= n_rows;", "bool allowed = true;"),
+        C.format("test_pins"),
+    ),
+    # ---- order -----------------------------------------------------------------------------
+    Defect(
+        "last-write",
+        "an append does not wait for the one before on another stream",
+        "libvmm/src/order.c",
+        replaces(
+            "    vmm_status status = wait_for_last_write(tensor, stream);\n"
+            "    return status ? status : wait_for_readers(tensor, stream);\n",
+            "    return wait_for_readers(tensor, stream);\n",
+        ),
+        C.format("test_streams"),
+    ),
+    Defect(
+        "readers",
+        "an append does not wait for the stream that truncate() was given",
+        "libvmm/src/order.c",
+        replaces(
+            "    return status ? status : wait_for_readers(tensor, stream);\n",
+            "    return status;\n",
+        ),
+        C.format("test_streams"),
+    ),
+    Defect(
+        "stale-event",
+        "an append leaves the hand-off's event as it was",
+        "libvmm/src/order.c",
+        replaces(
+            "    tensor->last_stream = stream;\n    tensor->event_current = false;\n",
+            "    tensor->last_stream = stream;\n",
+        ),
+        C.format("test_streams"),
+    ),
+    Defect(
+        "staging",
+        "the copy of a strided source is freed while the device reads it",
+        "libvmm/src/copy.c",
+        replaces(
+            "vmm_status waited = DRIVER(pool, tensor_calls, stream_synchronize, stream);",
+            "vmm_status waited = VMM_OK;\n    (void)stream;",
+        ),
+        C.format("test_streams"),
+    ),
+    # ---- captures, contexts -----------------------------------------------------------------
+    Defect(
+        "capture-mode",
+        "the caller's capture mode is not restored",
+        "libvmm/src/driver_cuda.c",
+        replaces(
+            "    if (visit->is_relaxed)\n"
+            "        driver.calls.cuThreadExchangeStreamCaptureMode(&visit->mode);\n",
+            "",
+        ),
+        C.format("test_device"),
+    ),
+    Defect(
+        "relaxed",
+        "memory calls are made in the caller's capture mode",
+        "libvmm/src/driver_cuda.c",
+        replaces(
+            "    visit->mode = CU_STREAM_CAPTURE_MODE_RELAXED;\n",
+            "    visit->mode = CU_STREAM_CAPTURE_MODE_GLOBAL;\n",
+        ),
+        C.format("test_streams"),
+    ),
+    Defect(
+        "context",
+        "the caller's current context is not restored",
+        "libvmm/src/driver_cuda.c",
+        replaces("    if (visit->is_pushed)\n        driver.calls.cuCtxPopCurrent(&ours);\n", ""),
+        C.format("test_device"),
+    ),
+    Defect(
+        "capture-fence",
+        "a fence is taken between capture_begin() and capture_end()",
+        "libvmm/src/pool.c",
+        replaces(
+            "if (__atomic_load_n(&pool->device->captures, __ATOMIC_ACQUIRE) > 0)\n"
+            "        return false;\n",
+            "",
+        ),
+        PY.format("test_pool.py::test_no_fence_between_capture_begin_and_end"),
+    ),
+    Defect(
+        "own-capture",
+        "a fence is taken while the append's own stream is captured",
+        "libvmm/src/pool.c",
+        replaces("return !status && !capture;", "(void)status;\n    return true;"),
+        C.format("test_streams"),
+    ),
+]

@@ -1,0 +1,151 @@
+"""One memory: whom a pool asks before it gives up, and what it then says."""
+
+import textwrap
+
+import pytest
+
+import pyvmm
+from conftest import SIMULATED
+from support import held, run_python
+
+# A small device, a pool that is to fill it, and a framework that holds some of it: what
+# pyvmm knows of CuPy is the interface of its memory pool.
+SMALL_DEVICE = """
+    import sys, types
+    import numpy, cuda_helper, pyvmm
+    MIB = 1 << 20
+
+    class FrameworkPool:
+        def __init__(self):
+            self.used, self.free = [], []
+        def take(self, n_bytes):
+            self.used.append(cuda_helper.DeviceArray(numpy.zeros(n_bytes, "uint8")))
+            self.n_bytes = n_bytes
+        def drop(self):
+            self.free.append(self.used.pop())
+        def used_bytes(self):
+            return len(self.used) * getattr(self, "n_bytes", 0)
+        def free_bytes(self):
+            return len(self.free) * getattr(self, "n_bytes", 0)
+        def free_all_blocks(self):
+            while self.free:
+                self.free.pop().free()
+
+    class Device:
+        def __init__(self, index):
+            assert index == 0
+        def __enter__(self):
+            return self
+        def __exit__(self, *exception):
+            pass
+
+    framework = FrameworkPool()
+    cupy = types.ModuleType("cupy")
+    cupy.cuda = types.SimpleNamespace(Device=Device)
+    cupy.get_default_memory_pool = lambda: framework
+    sys.modules["cupy"] = cupy
+
+    def rows(pool, n_mib):
+        t = pyvmm.empty((0, MIB), "uint8", axis=0, capacity=1 << 20, pool=pool, block_size="2MiB")
+        t.grow(n_mib)
+        return t
+"""
+
+
+def small_device(program, **environment):
+    if not SIMULATED:
+        pytest.skip("needs a device of 64 MiB: the simulated one, PYVMM_TEST_DEVICE=sim")
+    code = textwrap.dedent(SMALL_DEVICE) + textwrap.dedent(program)
+    return run_python(code, VMM_SIM_MEMORY=str(64 << 20), **environment)
+
+
+def test_a_framework_gives_its_cache_back():
+    said = small_device("""
+        pool = pyvmm.Pool("cuda:0")
+        framework.take(40 * MIB)
+        framework.drop()
+        t = rows(pool, 16)
+        t.grow(40)                       # fits only without the cache
+        print(t.length, framework.free_bytes())
+    """)
+    assert said.split() == ["56", "0"]
+
+
+def test_what_a_framework_uses_it_keeps_and_the_error_says_so():
+    said = small_device("""
+        pool = pyvmm.Pool("cuda:0")
+        framework.take(40 * MIB)
+        t = rows(pool, 16)
+        try:
+            t.grow(40)
+        except pyvmm.OutOfMemoryError as error:
+            print(error)
+            print([(h.name, h.in_use_bytes // MIB, h.unused_bytes // MIB) for h in error.holders])
+        print(t.length, framework.used_bytes() // MIB)
+    """)
+    lines = said.splitlines()
+    assert lines[0].startswith("[cuMemCreate][CUDA_ERROR_OUT_OF_MEMORY]")
+    assert "cuda:0: 8 MiB of 64 MiB free" in lines
+    assert ["pyvmm.Pool", "16 MiB", "0 bytes"] == [w.strip() for w in lines[3].split("  ") if w]
+    assert ["cupy", "40 MiB", "0 bytes"] == [w.strip() for w in lines[4].split("  ") if w]
+    assert lines[-2:] == ["[('pyvmm.Pool', 16, 0), ('cupy', 40, 0)]", "16 40"]
+
+
+def test_other_pools_give_back_what_they_do_not_use():
+    said = small_device("""
+        first, second = pyvmm.Pool("cuda:0"), pyvmm.Pool("cuda:0")
+        rows(first, 40).close()
+        t = rows(second, 56)
+        print(t.length, first.stats()["queued_bytes"] + first.stats()["free_bytes"])
+    """)
+    assert said.split() == ["56", "0"]
+
+
+def test_an_exhausted_budget_leaves_the_others_alone():
+    said = small_device("""
+        pool, other = pyvmm.Pool("cuda:0", max_bytes="8MiB"), pyvmm.Pool("cuda:0")
+        framework.take(8 * MIB)
+        framework.drop()
+        rows(other, 8).close()
+        t = rows(pool, 8)
+        try:
+            t.grow(1)
+        except pyvmm.OutOfMemoryError as error:
+            print("budget" in str(error))
+        print(framework.free_bytes() // MIB, other.stats()["queued_bytes"] // MIB)
+    """)
+    assert said.split() == ["True", "8", "8"]
+
+
+def test_a_framework_that_fails_hides_nothing():
+    said = small_device("""
+        def broken():
+            raise RuntimeError("the framework's own trouble")
+        framework.free_all_blocks = broken
+        framework.take(40 * MIB)
+        framework.drop()
+        t = rows(pyvmm.Pool("cuda:0"), 16)
+        try:
+            t.grow(40)
+        except pyvmm.OutOfMemoryError as error:
+            print(error.driver_code, error.operation)
+        framework.free_bytes = framework.used_bytes = broken
+        try:
+            t.grow(40)
+        except pyvmm.OutOfMemoryError as error:
+            print([holder.name for holder in error.holders])
+    """)
+    assert said.splitlines() == ["2 cuMemCreate", "['pyvmm.Pool']"]
+
+
+def test_a_shortage_on_the_host_has_the_table_too(host):
+    with (
+        pyvmm.Pool("host", max_bytes="64KiB") as pool,
+        pyvmm.empty((0, 4096), "uint8", axis=0, capacity=100, pool=pool) as t,
+    ):
+        t.grow(16)
+        with pytest.raises(pyvmm.OutOfMemoryError) as caught:
+            t.grow(1)
+        assert ("host", "pyvmm.Pool", 65536, 0) in caught.value.holders
+        assert "host: " in str(caught.value) and "64 KiB" in str(caught.value)
+        assert held(pool) == {"in_use": 65536}

@@ -1,0 +1,471 @@
+/* scenes.c - the operations of vmm.h that can fail, each with what it finds. */
+#include "sweep.h"
+
+#define FIRST (&w->models[0])
+#define SECOND (&w->models[1])
+
+/* ---- what most scenes begin with, and how they end ------------------------------------------- */
+
+static void nothing(world *w) {
+    (void)w;
+}
+
+static void one_tensor(world *w) {
+    vmm_spec spec = world_spec(w);
+    model *m = world_tensor(w, &spec, FIRST_ROWS);
+    world_provide(w, m, &spec, MORE_ROWS);
+}
+
+static void two_tensors(world *w) {
+    vmm_spec spec = world_spec(w);
+    model *m = world_tensor(w, &spec, FIRST_ROWS);
+    world_tensor(w, &spec, FIRST_ROWS);
+    world_provide(w, m, &spec, 2 * MORE_ROWS);
+}
+
+static void check_appended(world *w) {
+    world_appended(FIRST, &w->sources[0]);
+}
+
+static vmm_status append_on(world *w, vmm_stream stream) {
+    return vmm_append(FIRST->tensor, &w->sources[0].array, stream);
+}
+
+static vmm_status run_append(world *w) {
+    return append_on(w, w->streams[0]);
+}
+
+static vmm_status run_append_elsewhere(world *w) {
+    return append_on(w, w->streams[1]);
+}
+
+/* ---- devices, pools, reservations -------------------------------------------------------------- */
+
+static vmm_status run_query(world *w) {
+    return vmm_device_query(w->f.device, &w->info);
+}
+
+static void check_query(world *w) {
+    CHECK_SIZE(w->info.granularity_bytes, 4096);
+    CHECK(w->info.total_bytes >= w->info.free_bytes && w->info.free_bytes > 0);
+}
+
+static vmm_status run_pool_create(world *w) {
+    return vmm_pool_create(w->f.device, 0, 0, &w->other_pool);
+}
+
+static int count_calls(void *user, size_t needed_bytes) {
+    (void)needed_bytes;
+    ++*(int *)user;
+    return 0;
+}
+
+static void prepare_on_oom(world *w) {
+    CHECK_OK(vmm_pool_on_oom(w->f.pool, count_calls, &w->done));
+}
+
+static vmm_status run_on_oom(world *w) {
+    return vmm_pool_on_oom(w->f.pool, count_calls, w);
+}
+
+static void check_on_oom(world *w) {
+    CHECK_OK(vmm_pool_on_oom(w->f.pool, NULL, w)); /* it is there, and once */
+    CHECK_STATUS(vmm_pool_on_oom(w->f.pool, NULL, w), VMM_ERR_INVALID);
+}
+
+static vmm_status run_reserve(world *w) {
+    vmm_spec spec = world_spec(w);
+    return vmm_reserve(w->f.pool, &spec, &w->made);
+}
+
+static void check_reserve(world *w) {
+    CHECK_SIZE(vmm_length(w->made), 0);
+    CHECK_OK(vmm_grow(w->made, 3, NULL));
+}
+
+/* So many closed tensors are queued that a reservation looks after them. */
+static void many_closed(world *w) {
+    vmm_spec spec = world_spec(w);
+    vmm_tensor *tensor;
+    for (int i = 0; i < 70; i++) {
+        CHECK_OK(vmm_reserve(w->f.pool, &spec, &tensor));
+        if (i % 16 == 0)
+            CHECK_OK(vmm_grow(tensor, 1, NULL));
+        CHECK_OK(vmm_close(tensor));
+    }
+}
+
+/* ---- growing ----------------------------------------------------------------------------------- */
+
+static vmm_status run_map(world *w) {
+    return vmm_map(FIRST->tensor, FIRST_ROWS + MORE_ROWS);
+}
+
+static void check_map(world *w) {
+    CHECK(vmm_mapped(FIRST->tensor) >= FIRST_ROWS + MORE_ROWS);
+}
+
+static vmm_status run_grow(world *w) {
+    return vmm_grow(FIRST->tensor, MORE_ROWS, NULL);
+}
+
+/* The new rows are written, as a kernel would. */
+static void check_grow(world *w) {
+    uint8_t *rows = make_rows(FIRST->tensor, last_number + 1, MORE_ROWS);
+    CHECK_SIZE(vmm_length(FIRST->tensor), FIRST->length + MORE_ROWS);
+    copy_rows(&w->f, FIRST->tensor, FIRST->length, FIRST->length + MORE_ROWS, rows, true);
+    model_extend(FIRST, last_number + 1, MORE_ROWS);
+    last_number += MORE_ROWS;
+    free(rows);
+}
+
+static void first_rows(world *w) {
+    vmm_spec spec = world_spec(w);
+    world_tensor(w, &spec, 0);
+    world_provide(w, FIRST, &spec, MORE_ROWS);
+}
+
+static void zero_tensor(world *w) {
+    vmm_spec spec = world_spec(w);
+    spec.zero = 1;
+    model *m = world_tensor(w, &spec, FIRST_ROWS);
+    world_provide(w, m, &spec, MORE_ROWS);
+}
+
+static void check_zero(world *w) {
+    size_t end = FIRST_ROWS + MORE_ROWS;
+    uint8_t *rows;
+    CHECK_SIZE(vmm_length(FIRST->tensor), end);
+    rows = read_rows(&w->f, FIRST->tensor, FIRST_ROWS, end);
+    for (size_t i = 0; i < MORE_ROWS * vmm_row_bytes(FIRST->tensor); i++)
+        CHECK(rows[i] == 0);
+    free(rows);
+    memset(FIRST->numbers + FIRST_ROWS, 0, MORE_ROWS * sizeof *FIRST->numbers);
+    FIRST->length = end;
+}
+
+/* At 32 KiB the blocks of "auto" become larger than the smallest. */
+static void long_tensor(world *w) {
+    vmm_spec spec = world_spec(w);
+    model *m = world_tensor(w, &spec, 4 * FIRST_ROWS);
+    world_provide(w, m, &spec, 2 * MORE_ROWS);
+}
+
+/* A budget of which a closed tensor's memory is a part: it comes back behind a fence. */
+static void queued_memory(world *w) {
+    vmm_spec spec = world_spec(w);
+    world_tensor(w, &spec, FIRST_ROWS);
+    model closed = model_open(&w->f, &spec);
+    model_append(&closed, VMM_UINT8, FIRST_ROWS, VMM_MEMORY_HOST, w->streams[1]);
+    model_close(&closed);
+}
+
+static int close_second(void *user, size_t needed_bytes) {
+    world *w = user;
+    CHECK(needed_bytes > 0);
+    if (!SECOND->tensor)
+        return 0;
+    CHECK_OK(vmm_close(SECOND->tensor));
+    SECOND->tensor = NULL;
+    return 1;
+}
+
+/* A budget that another tensor fills, until the callback closes it. */
+static void full_budget(world *w) {
+    vmm_spec spec = world_spec(w);
+    world_tensor(w, &spec, FIRST_ROWS);
+    world_tensor(w, &spec, FIRST_ROWS);
+    CHECK_OK(vmm_pool_on_oom(w->f.pool, close_second, w));
+}
+
+/* A pool that was dropped while a tensor of it was queued. */
+static void abandoned_pool(world *w) {
+    vmm_spec spec = world_spec(w);
+    vmm_pool *pool;
+    vmm_tensor *tensor;
+    one_tensor(w);
+    CHECK_OK(vmm_pool_create(w->f.device, 0, 0, &pool));
+    CHECK_OK(vmm_reserve(pool, &spec, &tensor));
+    CHECK_OK(vmm_grow(tensor, FIRST_ROWS, NULL));
+    CHECK_OK(vmm_close(tensor));
+    vmm_pool_release(pool);
+    w->has_abandoned_pool = true;
+}
+
+/* ---- appending --------------------------------------------------------------------------------- */
+
+static void append_device(world *w) {
+    one_tensor(w);
+    world_rows(w, FIRST, MORE_ROWS, VMM_MEMORY_DEVICE, DENSE);
+}
+
+static void append_host(world *w) {
+    one_tensor(w);
+    world_rows(w, FIRST, MORE_ROWS, VMM_MEMORY_HOST, DENSE);
+}
+
+static void append_host_strided(world *w) {
+    one_tensor(w);
+    world_rows(w, FIRST, MORE_ROWS, VMM_MEMORY_HOST, STRIDED);
+}
+
+static void append_device_strided(world *w) {
+    one_tensor(w);
+    world_rows(w, FIRST, MORE_ROWS, VMM_MEMORY_DEVICE, STRIDED);
+}
+
+static void append_within(world *w) {
+    append_device(w);
+    CHECK_OK(vmm_map(FIRST->tensor, FIRST_ROWS + MORE_ROWS));
+}
+
+static void append_after_readers(world *w) {
+    append_device(w);
+    CHECK_OK(vmm_truncate(FIRST->tensor, FIRST_ROWS - 1, w->streams[1]));
+    FIRST->length--;
+}
+
+static void append_device_two(world *w) {
+    two_tensors(w);
+    world_rows(w, FIRST, MORE_ROWS, VMM_MEMORY_DEVICE, DENSE);
+    world_rows(w, SECOND, MORE_ROWS / 2, VMM_MEMORY_DEVICE, STRIDED);
+}
+
+static void append_host_two(world *w) {
+    two_tensors(w);
+    world_rows(w, FIRST, MORE_ROWS, VMM_MEMORY_HOST, DENSE);
+    world_rows(w, SECOND, MORE_ROWS / 2, VMM_MEMORY_HOST, STRIDED);
+}
+
+static vmm_status run_append_two(world *w) {
+    vmm_tensor *const tensors[] = {FIRST->tensor, SECOND->tensor};
+    const vmm_array arrays[] = {w->sources[0].array, w->sources[1].array};
+    return vmm_append_many(2, tensors, arrays, w->streams[1]);
+}
+
+static void check_appended_two(world *w) {
+    world_appended(FIRST, &w->sources[0]);
+    world_appended(SECOND, &w->sources[1]);
+}
+
+/* So many dimensions that the kernel needs the wide form of its jobs. */
+static vmm_spec wide_spec(const world *w) {
+    static const int64_t shape[] = {2, 0, 2, 2, 2, 2, 16};
+    return (vmm_spec){.ndim = 7,
+                      .shape = shape,
+                      .axis = 1,
+                      .dtype = VMM_UINT8,
+                      .capacity = 256,
+                      .layout = w->config->layout};
+}
+
+static void append_wide(world *w) {
+    vmm_spec spec = wide_spec(w);
+    model *m = world_tensor(w, &spec, FIRST_ROWS);
+    world_provide(w, m, &spec, MORE_ROWS);
+    world_rows(w, m, MORE_ROWS, VMM_MEMORY_DEVICE, STRIDED);
+}
+
+/* One narrow job and one wide: a launch may fail behind another. */
+static void append_both_forms(world *w) {
+    vmm_spec spec = wide_spec(w);
+    append_wide(w);
+    world_rows(w, world_tensor(w, &spec, FIRST_ROWS), MORE_ROWS, VMM_MEMORY_DEVICE, DENSE);
+}
+
+/* ---- shrinking, copying -------------------------------------------------------------------------- */
+
+static vmm_status run_truncate(world *w) {
+    return vmm_truncate(FIRST->tensor, FIRST_ROWS / 2, w->streams[1]);
+}
+
+static void check_truncate(world *w) {
+    FIRST->length = FIRST_ROWS / 2;
+    model_append(FIRST, VMM_UINT8, 3, VMM_MEMORY_HOST, w->streams[0]);
+}
+
+static void more_mapped(world *w) {
+    one_tensor(w);
+    CHECK_OK(vmm_map(FIRST->tensor, FIRST_ROWS + 2 * MORE_ROWS));
+}
+
+static vmm_status run_trim(world *w) {
+    return vmm_trim(FIRST->tensor);
+}
+
+static void check_trim(world *w) {
+    vmm_tensor_stats stats;
+    CHECK_OK(vmm_stats(FIRST->tensor, &stats));
+    CHECK(stats.slack_bytes <= vmm_lane_count(FIRST->tensor) * (stats.used_bytes / 8 + 4096));
+    model_append(FIRST, VMM_UINT8, MORE_ROWS, VMM_MEMORY_HOST, w->streams[0]);
+}
+
+static vmm_status run_fork(world *w) {
+    return vmm_fork(FIRST->tensor, FIRST_ROWS - 3, &w->made);
+}
+
+static void check_fork(world *w) {
+    model copy = *FIRST;
+    copy.tensor = w->made;
+    copy.base = vmm_base(w->made);
+    copy.length = FIRST_ROWS - 3;
+    model_check(&copy);
+}
+
+static vmm_status run_pin(world *w) {
+    return vmm_pin_rows(FIRST->tensor, FIRST_ROWS, &w->pin);
+}
+
+static void check_pin(world *w) {
+    CHECK_STATUS(vmm_close(FIRST->tensor), VMM_ERR_PINNED);
+}
+
+/* ---- streams ------------------------------------------------------------------------------------- */
+
+static vmm_status run_handoff(world *w) {
+    return vmm_handoff(FIRST->tensor, w->streams[1]);
+}
+
+static void handoff_after_readers(world *w) {
+    vmm_stream none = VMM_STREAM_LEGACY;
+    one_tensor(w);
+    CHECK_OK(vmm_truncate(FIRST->tensor, FIRST_ROWS, none));
+}
+
+static vmm_status run_stream_wait(world *w) {
+    return vmm_stream_wait(w->f.device, w->streams[1], w->streams[0]);
+}
+
+static vmm_status run_event_record(world *w) {
+    return vmm_event_record(w->f.device, w->streams[0], &w->event);
+}
+
+static void recorded_event(world *w) {
+    CHECK_OK(vmm_event_record(w->f.device, w->streams[0], &w->event));
+}
+
+static vmm_status run_event_query(world *w) {
+    return vmm_event_query(w->event, &w->done);
+}
+
+static void check_event_query(world *w) {
+    CHECK(w->done == 1);
+}
+
+/* ---- giving back --------------------------------------------------------------------------------- */
+
+/* Something free, something queued, something in use. */
+static void closed_tensors(world *w) {
+    vmm_spec spec = world_spec(w);
+    world_tensor(w, &spec, FIRST_ROWS);
+    for (int i = 0; i < 2; i++) {
+        model closed = model_open(&w->f, &spec);
+        model_grow(&closed, FIRST_ROWS, false);
+        model_close(&closed);
+        world_wait(w);
+    }
+    CHECK_OK(vmm_map(FIRST->tensor, FIRST_ROWS + MORE_ROWS));
+    CHECK_OK(vmm_trim(FIRST->tensor));
+}
+
+static vmm_status run_pool_trim(world *w) {
+    return vmm_pool_trim(w->f.pool, 0);
+}
+
+static vmm_status run_pool_trim_wait(world *w) {
+    return vmm_pool_trim(w->f.pool, 1);
+}
+
+static void check_pool_trim(world *w) {
+    vmm_pool_stats stats;
+    CHECK_OK(vmm_pool_statistics(w->f.pool, &stats));
+    CHECK_SIZE(stats.free_bytes, 0);
+    CHECK_SIZE(stats.queued_bytes, 0);
+    CHECK_SIZE(stats.parked_bytes, 0);
+}
+
+/* The pool that is closed is another one, so that the world's can be asked afterwards. */
+static void other_pool(world *w) {
+    vmm_pool *first = w->f.pool;
+    vmm_spec spec = world_spec(w);
+    CHECK_OK(vmm_pool_create(w->f.device, 0, 0, &w->other_pool));
+    w->f.pool = w->other_pool;
+    for (int i = 0; i < 2; i++) {
+        model closed = model_open(&w->f, &spec);
+        model_grow(&closed, FIRST_ROWS, false);
+        model_close(&closed);
+        world_wait(w);
+    }
+    w->f.pool = first;
+}
+
+static vmm_status run_pool_close(world *w) {
+    vmm_status status = vmm_pool_close(w->other_pool);
+    if (!status)
+        w->other_pool = NULL;
+    return status;
+}
+
+static vmm_status run_close(world *w) {
+    vmm_status status = vmm_close(FIRST->tensor);
+    if (!status)
+        FIRST->tensor = NULL;
+    return status;
+}
+
+/* The name, and where it runs and what it may do; then what comes before it, the call, whether
+ * it was right; then the budget in blocks. */
+#define ONCE (ONE_LAYOUT | ONE_BLOCKS | ONE_SIZE)
+/* clang-format off */
+const scene scenes[] = {
+    {"device_query", ONCE, nothing, run_query, check_query, 0},
+    {"pool_create", ONCE, nothing, run_pool_create, nothing, 0},
+    {"pool_on_oom", ONCE, prepare_on_oom, run_on_oom, check_on_oom, 0},
+    {"reserve", ONE_BLOCKS | TAKES_ADDRESSES, one_tensor, run_reserve, check_reserve, 0},
+    {"reserve, many closed before", ONCE | TAKES_ADDRESSES | FENCES, many_closed, run_reserve,
+     check_reserve, 0},
+    {"map", 0, one_tensor, run_map, check_map, 0},
+    {"grow", 0, one_tensor, run_grow, check_grow, 0},
+    {"grow, the first rows", ONE_BLOCKS, first_rows, run_grow, check_grow, 0},
+    {"grow, large blocks", ONE_LAYOUT, long_tensor, run_grow, check_grow, 0},
+    {"grow, zero", SUBMITS, zero_tensor, run_grow, check_zero, 0},
+    {"grow, queued memory in the budget", CUDA_ONLY | ONE_BLOCKS | FENCES, queued_memory, run_grow,
+     check_grow, 8},
+    {"grow, queued memory in use", CUDA_ONLY | ONE_BLOCKS | FENCES | BUSY, queued_memory, run_grow,
+     check_grow, 8},
+    {"grow, on_oom callback", ONE_BLOCKS | FENCES | SUBMITS | CLOSES, full_budget, run_grow, check_grow, 8},
+    {"grow, an abandoned pool", ONCE | FENCES, abandoned_pool, run_grow, check_grow, 0},
+    {"append, device memory", SUBMITS, append_device, run_append, check_appended, 0},
+    {"append, device memory, strided", SUBMITS | ONE_BLOCKS, append_device_strided, run_append,
+     check_appended, 0},
+    {"append, host memory", SUBMITS, append_host, run_append, check_appended, 0},
+    {"append, host memory, strided", SUBMITS, append_host_strided, run_append, check_appended, 0},
+    {"append, within mapped rows", SUBMITS | ONE_BLOCKS, append_within, run_append, check_appended,
+     0},
+    {"append, another stream", SUBMITS | ONE_BLOCKS | CUDA_ONLY, append_device, run_append_elsewhere,
+     check_appended, 0},
+    {"append, after readers", SUBMITS | ONE_BLOCKS | CUDA_ONLY, append_after_readers, run_append,
+     check_appended, 0},
+    {"append, wide jobs", SUBMITS | ONE_BLOCKS, append_wide, run_append, check_appended, 0},
+    {"append_many, device memory", SUBMITS, append_device_two, run_append_two, check_appended_two,
+     0},
+    {"append_many, host memory", SUBMITS, append_host_two, run_append_two, check_appended_two, 0},
+    {"append_many, both kinds of jobs", SUBMITS | ONE_BLOCKS, append_both_forms, run_append_two,
+     check_appended_two, 0},
+    {"truncate", ONE_BLOCKS, one_tensor, run_truncate, check_truncate, 0},
+    {"trim", ONE_BLOCKS, more_mapped, run_trim, check_trim, 0},
+    {"fork", SUBMITS | TAKES_ADDRESSES, one_tensor, run_fork, check_fork, 0},
+    {"pin_rows", ONCE, one_tensor, run_pin, check_pin, 0},
+    {"handoff", ONCE | CUDA_ONLY, one_tensor, run_handoff, nothing, 0},
+    {"handoff, after readers", ONCE | CUDA_ONLY, handoff_after_readers, run_handoff, nothing, 0},
+    {"stream_wait", ONCE | CUDA_ONLY, one_tensor, run_stream_wait, nothing, 0},
+    {"event_record", ONCE, nothing, run_event_record, nothing, 0},
+    {"event_query", ONCE, recorded_event, run_event_query, check_event_query, 0},
+    {"pool_trim, wait 0", ONE_BLOCKS | FENCES, closed_tensors, run_pool_trim, check_pool_trim, 0},
+    {"pool_trim, wait 1", ONE_BLOCKS | FENCES | BUSY, closed_tensors, run_pool_trim_wait,
+     check_pool_trim, 0},
+    {"pool_close", ONE_BLOCKS | FENCES, other_pool, run_pool_close, nothing, 0},
+    {"close", ONE_BLOCKS, one_tensor, run_close, nothing, 0},
+};
+/* clang-format on */
+const size_t n_scenes = LENGTH_OF(scenes);
