@@ -54,7 +54,8 @@ $(error libvmm and pyvmm are built on Linux only; this is $(shell uname -s))
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: all help install venv demo demo-llm test test-frameworks test-inplace test-programs inplace lint format \
+.PHONY: all help install venv demo demo-llm test test-frameworks test-paddlenlp test-paddleformers test-inplace \
+        test-programs inplace lint format \
         ptx dist bench-c clean check-cc check-cxx check-python check-venv FORCE
 
 all: build/libvmm.so
@@ -66,7 +67,8 @@ help:
 	@echo 'make demo-llm     the same for a real model (downloads a few hundred MB)'
 	@echo 'make test         all C and Python tests that this machine can run;'
 	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
-	@echo 'make test-frameworks  whole models: transformers with concat inside'
+	@echo 'make test-frameworks  whole models: transformers with concat inside; PaddleNLP and'
+	@echo '                  PaddleFormers (make test-paddlenlp, test-paddleformers alone)'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
 	@echo 'make lint         clang-format, ruff, cython-lint, mypy, warnings; make format mends'
@@ -247,6 +249,19 @@ test: venv $(call have,test) $(foreach name,$(WITH),$(call have,$(name)))
 test-frameworks: venv $(call have,test) $(call have,transformers)
 	@$(IN_VENV)
 	$(VENV_PYTHON) -m pytest -q -m frameworks tests/python
+
+# Libraries over Paddle whose pins do not go with anyone else's: an environment for each.
+PADDLE_LIBRARIES := paddlenlp paddleformers
+test-frameworks: $(PADDLE_LIBRARIES:%=test-%)
+
+$(VENV)-%/.have: tests/requirements-%.txt | check-venv
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q -r $<
+	@touch $@
+
+$(PADDLE_LIBRARIES:%=test-%): test-%: venv $(VENV)-%/.have
+	@$(IN_VENV)
+	PYTHONPATH='$(CURDIR)' $(VENV)-$*/bin/python -m pytest -q tests/frameworks/test_$*.py
 
 test-inplace: inplace
 	@$(TEST_PROGRAMS)

@@ -1,6 +1,7 @@
 """pyvmm.paddle: paddle.concat in value, an append where it can be (invariant 10), and tensors
 that Paddle may do anything with."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -12,9 +13,11 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import concat_programs
+from concat_arrays import Uncollected, in_use
 from model import pattern
 
 with warnings.catch_warnings():
@@ -53,10 +56,6 @@ def rows(*shape, dtype="float32", seed=0):
 
 def raw(x):
     return np.ascontiguousarray(x.clone().numpy()).tobytes()
-
-
-def in_use():
-    return pyvmm.default_pool("host").stats()["in_use_bytes"]
 
 
 def check(a, b):
@@ -223,26 +222,22 @@ def test_writing_is_seen_through_the_other_results_as_with_any_view():
 
 
 def test_invariant_10_results_give_their_memory_back_without_the_collector():
-    gc.collect()
-    before = in_use()
-    gc.disable()
-    try:
+    before = in_use("host")
+    with Uncollected():
         results = [grown()[0]]
         for step in range(50):
             results.append(vmm_paddle.concat([results[-1], rows(2, 1, 3, 4, seed=step)], 1))
             results.append(vmm_paddle.concat([results[0], rows(2, 1, 3, 4, seed=step)], 1))
         part = paddle.transpose(results[20], [1, 0, 2, 3])[3]
-        assert in_use() > before
+        assert in_use("host") > before
         del results
-        assert in_use() > before
+        assert in_use("host") > before
         del part
-        assert in_use() == before
-    finally:
-        gc.enable()
+        assert in_use("host") == before
 
 
 def test_any_order_and_any_thread():
-    before = in_use()
+    before = in_use("host")
     results = [grown()[0]]
     for step in range(10):
         results.append(vmm_paddle.concat([results[-1], rows(2, 1, 3, 4, seed=step)], 1))
@@ -254,7 +249,7 @@ def test_any_order_and_any_thread():
     thread = threading.Thread(target=results.clear)
     thread.start()
     thread.join()
-    assert in_use() == before
+    assert in_use("host") == before
 
 
 def test_as_tensor_pins_its_rows_and_shows_no_more():
@@ -401,61 +396,30 @@ def test_inplace_concat_answers_view_by_reshape():
 
 # ---- random programs --------------------------------------------------------------------------
 
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("concat"), st.integers(0, 9), st.integers(0, 4), st.integers(0, 2)),
-        st.tuples(st.just("join"), st.integers(0, 9), st.integers(0, 9), st.integers(0, 2)),
-        st.tuples(st.just("cut"), st.integers(0, 9), st.integers(0, 9), st.integers(0, 2)),
-        st.tuples(st.just("clone"), st.integers(0, 9), st.just(0), st.just(0)),
-        st.tuples(st.just("swap"), st.integers(0, 9), st.just(0), st.just(0)),
-        st.tuples(st.just("drop"), st.integers(0, 9), st.just(0), st.just(0)),
-    ),
-    max_size=30,
+
+@settings(deadline=None, max_examples=100)
+@given(
+    program=concat_programs.PROGRAMS,
+    capacity=st.sampled_from([1, 7, None]),
+    layout=st.sampled_from(["seq", "lane", "c"]),
+    inside=st.booleans(),
 )
+def test_invariant_10_of_any_program(program, capacity, layout, inside):
+    before = in_use("host")
+    parameters = {"capacity": capacity, "layout": layout}
 
+    def concat(a, b, axis):
+        if inside:
+            return paddle.concat([a, b], axis)
+        return vmm_paddle.concat([a, b], axis, **parameters)
 
-def run_program(steps, concat):
-    """Programs over few tensors, so that many operands share memory. At each step every tensor
-    that lives must be what NumPy says."""
-    live = [(rows(1, 2, 2), rows(1, 2, 2).numpy().copy())]
-    for number, (what, i, j, axis) in enumerate(steps):
-        x, expected = live[i % len(live)]
-        if what == "concat":
-            shape = list(x.shape)
-            shape[axis] = j
-            new = rows(*shape, seed=number)
-            live.append((concat([x, new], axis), np.concatenate([expected, new.numpy()], axis)))
-        elif what == "join":  # with one that may share its memory
-            y, other = live[j % len(live)]
-            if all(a == b for d, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if d != axis):
-                if x.shape[axis] + y.shape[axis] < 200:
-                    live.append((concat([x, y], axis), np.concatenate([expected, other], axis)))
-        elif what == "cut":
-            n = min(j, x.shape[axis])
-            key = tuple(slice(0, n) if d == axis else slice(None) for d in range(3))
-            live.append((x[key], expected[key]))
-        elif what == "clone":
-            live.append((x.clone(), expected))
-        elif what == "swap":
-            live.append((paddle.transpose(x, [1, 0, 2]), expected.transpose(1, 0, 2)))
-        elif len(live) > 1:
-            del live[i % len(live)]
-        for x, expected in live:
-            np.testing.assert_array_equal(x.numpy(), expected)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(STEPS)
-def test_random_programs(steps):
-    before = in_use()
-    run_program(steps, vmm_paddle.concat)
-    assert in_use() == before
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(STEPS)
-def test_random_programs_unchanged(steps):
-    before = in_use()
-    with vmm_paddle.inplace_concat():
-        run_program(steps, lambda x, axis: paddle.concat(x, axis))
-    assert in_use() == before
+    with Uncollected():
+        with vmm_paddle.inplace_concat(**parameters) if inside else contextlib.nullcontext():
+            concat_programs.run(
+                program,
+                concat,
+                make=paddle.to_tensor,
+                clone=paddle.clone,
+                value=lambda x: x.clone().numpy(),
+            )
+        assert in_use("host") == before
