@@ -91,9 +91,7 @@ class Switch:
                 if self._n_blocks == 0:
                     self._put_back()
 
-    def stay(
-        self, capacity: SupportsIndex | None, layout: str | None, pool: Pool | None
-    ) -> None:
+    def stay(self, capacity: SupportsIndex | None, layout: str | None, pool: Pool | None) -> None:
         """Open a block that this thread never leaves. Nothing is replaced for it."""
         self._thread.blocks.append(Turned(capacity, layout, pool))
 

@@ -67,7 +67,7 @@ def _share(address: int, shape: Sequence[int], strides: Sequence[int], like: Any
         return extension.show(address, shape, strides, like)
     dtype = like.dtype
     storage = Rows(address, shape)
-    flat = numpy.frombuffer(storage, _NUMPY.get(dtype) or _BY_VIEW[dtype])
+    flat = numpy.frombuffer(memoryview(storage), _NUMPY.get(dtype) or _BY_VIEW[dtype])
     # Without a copy: the storage keeps the array, and with it the rows.
     whole = _Tensor(flat, _CPU, False, True, None, True)
     if dtype in _BY_VIEW:
@@ -124,7 +124,8 @@ class _Paddle(Framework):
         address: int = array.data_ptr()
         return address
 
-    anchor = address
+    def anchor(self, cache: Any) -> int:
+        return self.address(cache)
 
     def wrap(self, reserved: View) -> Any:
         # What cut() takes as well: a storage over all of it is what must not be.
@@ -327,12 +328,16 @@ def _viewing(original: Callable[..., Any]) -> Callable[..., Any]:
     return view
 
 
+def _appending(original: Callable[..., Any]) -> Callable[..., Any]:
+    return appending(_SWITCH, original)
+
+
 _SWITCH = Switch(
     PADDLE,
     [
-        (paddle, "concat", lambda concat: appending(_SWITCH, concat)),
-        (paddle, "cat", lambda concat: appending(_SWITCH, concat)),
-        (paddle.tensor, "concat", lambda concat: appending(_SWITCH, concat)),
+        (paddle, "concat", _appending),
+        (paddle, "cat", _appending),
+        (paddle.tensor, "concat", _appending),
         (_Tensor, "view", _viewing),
     ],
 )

@@ -18,6 +18,8 @@ this order of dimensions cannot be handed to a static program without a copy.
 Made for PaddleNLP 3.0.0b4.
 """
 
+# mypy: disable-error-code="untyped-decorator, attr-defined"
+
 from __future__ import annotations
 
 import importlib
@@ -101,7 +103,7 @@ def install(
     replacement = _Paddle(static, capacity, layout, pool)
     with _lock:
         for module in _models(transformers.__name__):
-            module.paddle = replacement  # type: ignore[attr-defined]
+            module.paddle = replacement
 
 
 def uninstall() -> None:
@@ -109,7 +111,7 @@ def uninstall() -> None:
     with _lock:
         for module in _models("paddlenlp.transformers"):
             if isinstance(module.paddle, _Paddle):
-                module.paddle = paddle  # type: ignore[attr-defined]
+                module.paddle = paddle
 
 
 def _models(package: str) -> list[types.ModuleType]:

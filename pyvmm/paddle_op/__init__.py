@@ -218,4 +218,6 @@ def _compile(name: str, root: str, library: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if result.returncode:
         said = (result.stdout + result.stderr)[-4000:]
-        raise RuntimeError(f"Paddle's operator could not be built; the end of what was said:\n{said}")
+        raise RuntimeError(
+            f"Paddle's operator could not be built; the end of what was said:\n{said}"
+        )

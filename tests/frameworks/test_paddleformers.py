@@ -186,8 +186,9 @@ def test_memory_goes_without_the_collector(model):
 
 
 def test_gradients_make_it_concatenate_as_paddle_does():
-    layer = functools.reduce(lambda layer, seed: (layer.update(*states(2, 2, seed)), layer)[1],
-                             range(3), VMMLayer())
+    layer = functools.reduce(
+        lambda layer, seed: (layer.update(*states(2, 2, seed)), layer)[1], range(3), VMMLayer()
+    )
     keys, values = states(2, 1, 9)
     keys.stop_gradient = False
     longer, _ = layer.update(keys, values)

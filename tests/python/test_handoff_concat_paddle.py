@@ -103,7 +103,9 @@ def test_an_older_tensor_forks(counts):
 def test_a_copy_on_the_way_is_taken_in(counts):
     cache = vmm_paddle.concat([rows(*SHAPE), rows(*SHAPE)], 1)
     for copied in (cache.clone(), paddle.assign(cache), copy.deepcopy(cache)):
-        check(vmm_paddle.concat([copied, rows(*SHAPE)], 1), paddle.concat([copied, rows(*SHAPE)], 1))
+        check(
+            vmm_paddle.concat([copied, rows(*SHAPE)], 1), paddle.concat([copied, rows(*SHAPE)], 1)
+        )
     assert counts() == {"taken_in": 4}
 
 
@@ -345,7 +347,12 @@ def test_inplace_concat_turns_what_grows(counts):
 
 
 def test_inplace_concat_leaves_paddle_as_it_was():
-    names = [(paddle, "concat"), (paddle, "cat"), (paddle.tensor, "concat"), (paddle.Tensor, "view")]
+    names = [
+        (paddle, "concat"),
+        (paddle, "cat"),
+        (paddle.tensor, "concat"),
+        (paddle.Tensor, "view"),
+    ]
     before = [getattr(owner, name) for owner, name in names]
     with vmm_paddle.inplace_concat(), vmm_paddle.inplace_concat(capacity=64):
         assert paddle.concat is not before[0]
