@@ -27,7 +27,7 @@ from pyvmm._libvmm cimport (
     vmm_unpin,
 )
 from pyvmm._pool cimport Pool
-from pyvmm._source cimport Source, check_shape, close_source, describe, read_source
+from pyvmm._source cimport Source, begin_source, check_shape, close_source, describe, read_source
 from pyvmm._stream cimport drop_what_was_read, keep_until_read, stream_of
 from pyvmm._view cimport View
 
@@ -172,10 +172,7 @@ cdef int _read_rows(TensorCore target, TensorCore tensor, Py_ssize_t start, Py_s
     cdef Source *source = &out.source
     cdef Region region
     tensor.region_of(start, stop, &region)
-    source.producer = NULL
-    source.outlives = False
-    source.capsule = NULL
-    source.has_buffer = False
+    begin_source(source)
     source.array.data = region.data
     describe(source, &target.target, region.device, region.dtype, region.ndim, region.shape,
              region.strides, 1)

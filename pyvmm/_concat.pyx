@@ -24,6 +24,7 @@ from pyvmm._libvmm cimport (
     VMM_LAYOUT_C,
     VMM_LAYOUT_LANE,
     VMM_LAYOUT_SEQ,
+    vmm_array,
     vmm_axis,
     vmm_base,
     vmm_find,
@@ -99,7 +100,6 @@ cdef class Framework:
     cpdef object dense(self, object array):
         """A contiguous array of these elements."""
         raise NotImplementedError
-
 
     def address(self, array):
         """The address of the first element, 0 where there is none: for inplace blocks."""
@@ -234,7 +234,7 @@ cpdef object join(Framework framework, object cache, object new, object axis, ob
     try:
         look_at(cache, &old)
         look_at(new, &rows)
-    except (TypeError, ValueError, BufferError):
+    except (TypeError, ValueError, BufferError, RuntimeError):
         return fall_back("memory that cannot be seen", counts)
     dimension = _dimension(axis, old.array.ndim)
     if dimension < 0:
@@ -272,10 +272,11 @@ cdef int _dimension(object axis, int ndim):
 cdef str _mismatch(const Source *old, const Source *rows, int axis):
     """Why these two do not make one tensor, or None."""
     cdef int d
-    cdef DLDevice a = device_of(old), b = device_of(rows)
-    if a.device_type != b.device_type or a.device_id != b.device_id:
+    cdef const vmm_array *a = &old.array
+    cdef const vmm_array *b = &rows.array
+    if a.memory != b.memory or a.device_index != b.device_index:
         return "devices"
-    if old.array.dtype.code != rows.array.dtype.code or old.array.dtype.bits != rows.array.dtype.bits:
+    if a.dtype.code != b.dtype.code or a.dtype.bits != b.dtype.bits:
         return "dtypes"
     if old.array.ndim != rows.array.ndim:
         return "shapes"
@@ -417,6 +418,8 @@ cdef object _continue(Framework framework, TensorCore tensor, object cache, cons
     cdef bint is_tip = n_old == <Py_ssize_t>vmm_length(tensor.handle)
     if not _is_dense(rows):
         new, rows = framework.dense(new), NULL
+    elif rows.outlives:
+        rows = NULL
     if is_tip and n_rows <= tensor.capacity_:
         if append_at(tensor, new, rows, n_old) == 0:
             _appended += 1

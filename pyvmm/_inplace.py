@@ -74,18 +74,20 @@ class Switch:
     def block(
         self, capacity: SupportsIndex | None, layout: str | None, pool: Pool | None
     ) -> Iterator[Turned]:
-        thread, turned = self._thread, Turned(capacity, layout, pool)
+        turned = Turned(capacity, layout, pool)
+        # This thread's: a generator may be ended by another.
+        blocks, results = self._thread.blocks, self._thread.results
         with self._lock:
             self._n_blocks += 1
             if self._n_blocks == 1:
                 self._replace()
-        thread.blocks.append(turned)
+        blocks.append(turned)
         try:
             yield turned
         finally:
-            thread.blocks.remove(turned)
-            if not thread.blocks:
-                thread.results.clear()
+            blocks.remove(turned)
+            if not blocks:
+                results.clear()
             with self._lock:
                 self._n_blocks -= 1
                 if self._n_blocks == 0:

@@ -21,7 +21,8 @@ ctypedef struct Source:
     int64_t strides[VMM_MAX_NDIM]
     # The stream that the producer works on, where it names one (then not NULL).
     vmm_stream producer
-    # It was not told, and is on the GPU: the object must live until the append has read it.
+    # It was not told, and is on the GPU: the object must live until the append has read it. What
+    # look_at() finds like this can be appended only after it has been read again.
     bint outlives
     PyObject *capsule
     Py_buffer buffer
@@ -33,6 +34,7 @@ cdef int read_source(object x, const Target *target, vmm_stream stream, Source *
 cdef int describe(Source *out, const Target *target, DLDevice device, vmm_dtype dtype, int ndim,
                   const int64_t *shape, const int64_t *strides, int64_t stride_unit) except -1
 cdef int check_shape(const Source *source, const Target *target) except -1
+cdef void begin_source(Source *out) noexcept
 cdef void close_source(Source *source) noexcept
 cdef int look_at(object x, Source *out) except -1
 cdef DLDevice device_of(const Source *source) noexcept

@@ -59,11 +59,7 @@ cdef int read_source(object x, const Target *target, vmm_stream stream, Source *
     Raises TypeError (no array, another dtype), ValueError (another device), BufferError (the
     producer refuses). Then nothing is held; else close_source() is due."""
     cdef _Table table = _table_of(type(x))
-    out.producer = NULL
-    out.outlives = False
-    out.capsule = NULL
-    out.has_buffer = False
-
+    begin_source(out)
     try:
         if table is not None:
             return _read_by_table(x, table, target, out)
@@ -89,6 +85,14 @@ cdef int read_source(object x, const Target *target, vmm_stream stream, Source *
     )
 
 
+cdef void begin_source(Source *out) noexcept:
+    """Nothing is held yet, and no stream named."""
+    out.producer = NULL
+    out.outlives = False
+    out.capsule = NULL
+    out.has_buffer = False
+
+
 cdef void close_source(Source *source) noexcept:
     if source.has_buffer:
         source.has_buffer = False
@@ -101,23 +105,35 @@ cdef int look_at(object x, Source *out) except -1:
     """Describe x where it lies, to recognise its memory. Nothing is held, and whether the
     elements are what lies there is not asked: the caller knows, by the framework.
 
-    Raises TypeError or ValueError for what has no memory that can be named."""
+    Raises TypeError, ValueError, BufferError or RuntimeError for what has no memory that can be
+    named."""
     cdef _Table table = _table_of(type(x))
-    out.producer = NULL
-    out.outlives = False
-    out.capsule = NULL
-    out.has_buffer = False
+    begin_source(out)
     try:
         if table is not None:
             return _read_by_table(x, table, NULL, out)
         if isinstance(x, _ndarray):
             return _read_buffer(x, NULL, out)
         interface = getattr(x, "__cuda_array_interface__", None)
-        if interface is not None:
+        if interface is not None and _is_enough(x, interface):
             return _read_interface(x, interface, NULL, out)
+        if hasattr(x, "__dlpack__"):
+            _read_by_dlpack(x, NULL, NULL, out)
+            return _check_elements(out)
     finally:
         close_source(out)
     raise TypeError(f"{type(x).__name__} does not say where its memory is")
+
+
+cdef int _check_elements(const Source *source) except -1:
+    """Elements without an address are not in memory yet, or in none."""
+    cdef int d
+    if source.array.data != NULL:
+        return 0
+    for d in range(source.array.ndim):
+        if source.shape[d] == 0:
+            return 0
+    raise ValueError("x has elements and no address")
 
 
 cdef DLDevice device_of(const Source *source) noexcept:
@@ -263,7 +279,9 @@ cdef int _read_by_table(object x, _Table table, const Target *target, Source *ou
         raise BufferError("x requires gradients, which an append does not record: x.detach() first")
     table.api.dltensor_from_py_object_no_sync(<void *>x, &tensor)
     _read_dltensor(&tensor, target, out)
-    if target != NULL and table.of_torch and _is_lazy(x, &tensor):
+    if target == NULL:
+        _check_elements(out)
+    elif table.of_torch and _is_lazy(x, &tensor):
         raise BufferError("x is conjugated or negated only when it is read: x.resolve_conj() or "
                           "x.resolve_neg() first")
     if tensor.device.device_type == DL_CUDA:
@@ -294,12 +312,16 @@ cdef int _read_by_dlpack(object x, const Target *target, vmm_stream stream,
     # A producer on a device that we cannot read is not asked to export at all.
     cdef DLDevice device
     device.device_type, device.device_id = x.__dlpack_device__()
-    _check_device(device, target)
+    if target != NULL:
+        _check_device(device, target)
     cdef bint on_gpu = device.device_type == DL_CUDA or device.device_type == DL_CUDA_MANAGED
     if on_gpu:
         # The producer orders its work before ours, and is told no more: its memory may be
         # used anew, on a stream of its own, as soon as the export is dropped.
-        asked = PyLong_FromVoidPtr(stream if stream != NULL else VMM_STREAM_LEGACY)
+        if target == NULL:
+            asked = -1  # only looked at
+        else:
+            asked = PyLong_FromVoidPtr(stream if stream != NULL else VMM_STREAM_LEGACY)
         out.outlives = True
         try:
             capsule = x.__dlpack__(stream=asked, max_version=_MAX_VERSION)

@@ -37,7 +37,6 @@ __all__ = ["cat", "inplace_cat"]
 
 _Tensor = torch.Tensor
 _cat = torch.cat
-_keys_of = torch._C._dispatch_keys
 _n_dispatch_modes = torch._C._len_torch_dispatch_stack
 # Constant under torch.compile, which then sees torch.cat and nothing of this.
 _is_compiling = torch.compiler.is_dynamo_compiling
@@ -47,10 +46,6 @@ _is_tracing = torch._C._is_tracing
 class _Torch(Framework):
     def __init__(self) -> None:
         self.counts_elements = True
-        # The dispatch keys of tensors whose elements are what lies in their memory: no
-        # conjugation, negation, quantisation, sparsity or functorch level.
-        self._plain: set[int] = set()
-        self._sampled: set[torch.device] = set()
 
     def unfit(self, cache: torch.Tensor, new: torch.Tensor) -> str | None:
         if type(cache) is not _Tensor or type(new) is not _Tensor:
@@ -59,30 +54,22 @@ class _Torch(Framework):
             return "gradients"
         if _n_dispatch_modes() or _is_tracing() or forward_ad._current_level >= 0:
             return "a mode of torch"
-        plain = self._plain
-        if _keys_of(cache).raw_repr() in plain and _keys_of(new).raw_repr() in plain:
-            return None
-        if self._is_plain(cache) and self._is_plain(new):
-            return None
-        return "not a plain tensor"
-
-    def _is_plain(self, array: torch.Tensor) -> bool:
-        device = array.device
-        if device not in self._sampled and device.type in ("cpu", "cuda"):
-            for inference in (False, True):
-                with torch.inference_mode(inference):
-                    self._plain.add(_keys_of(torch.empty(0, device=device)).raw_repr())
-            self._sampled.add(device)
-        return _keys_of(array).raw_repr() in self._plain
+        # Sparse and quantised tensors, and those of a functorch transform, have no memory to
+        # look at. These have, and other elements than lie there:
+        if cache.is_neg() or new.is_neg() or cache.is_conj() or new.is_conj():
+            return "conjugated or negated"
+        return None
 
     def concatenate(self, cache: torch.Tensor, new: torch.Tensor, axis: Any) -> torch.Tensor:
         return _cat((cache, new), axis)
 
     def address(self, array: Any) -> int:
+        if type(array) is not _Tensor:
+            return 0
         try:
             address: int = array.data_ptr()
-        except (AttributeError, RuntimeError, NotImplementedError):
-            return 0
+        except (RuntimeError, NotImplementedError):
+            return 0  # it has no storage
         return address
 
     def anchor(self, cache: torch.Tensor) -> int:
@@ -161,7 +148,8 @@ def inplace_cat(
 
     Not supported: writing in place into a result that a later one continues, and functions
     imported before (`from torch import cat`), which stay torch's own. Under torch.compile,
-    in a dispatch mode or a functorch transform, and with gradients, it is torch.cat.
+    in a dispatch mode or a functorch transform, and with gradients, it is torch.cat;
+    torch.jit.script does not know the replaced functions, so script before.
 
     Blocks nest, the parameters of the innermost count, other threads are not affected, and
     after the last block torch is as it was."""

@@ -197,8 +197,10 @@ def main():
         begun = time.monotonic()
         result, said = plant(defect)
         rows.append((defect, result))
-        print(f"{result:12} {defect.name:14} {Path(defect.test).name}"
-              f" ({time.monotonic() - begun:.1f} s): {said}")
+        print(
+            f"{result:12} {defect.name:14} {Path(defect.test).name}"
+            f" ({time.monotonic() - begun:.1f} s): {said}"
+        )
     missed = [defect.name for defect, result in rows if result != "noticed"]
     print(f"{len(rows) - len(missed)} of {len(rows)} planted defects are noticed by their tests")
     if missed:

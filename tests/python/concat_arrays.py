@@ -103,6 +103,13 @@ def in_use(device):
     return pyvmm.default_pool(device).stats()["in_use_bytes"]
 
 
+def counted():
+    """How often concat() has done what, as far as it has."""
+    counts = pyvmm.concat_stats()
+    del counts["copied_bytes"], counts["reasons"]
+    return {name: n for name, n in counts.items() if n}
+
+
 class Uncollected:
     """With the collector off: what goes, goes by itself."""
 

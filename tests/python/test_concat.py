@@ -8,7 +8,9 @@ import pytest
 
 import cuda_helper
 import pyvmm
-from concat_arrays import DeviceArray, Uncollected, address, array, export, in_use, value
+from concat_arrays import DeviceArray, Uncollected, address, array, counted, export, in_use, value
+from pyvmm._concat import Framework, register
+from pyvmm._numpy import NUMPY
 from support import calls, calls_since, run_python, to_numpy
 
 ROW = (2, 3, 8)
@@ -22,13 +24,7 @@ def numbers(shape, start=0, dtype="float32"):
 def stats():
     """What concat() has done since the test began."""
     pyvmm.concat_stats(reset=True)
-
-    def read():
-        counts = pyvmm.concat_stats()
-        del counts["copied_bytes"], counts["reasons"]
-        return {name: n for name, n in counts.items() if n}
-
-    return read
+    return counted
 
 
 @pytest.fixture
@@ -196,7 +192,10 @@ def test_invariant_10_left_to_the_framework(device, make, stats):
     assert pyvmm.concat(nothing, nothing).shape == (8, 0)
     counts = pyvmm.concat_stats()
     assert counts["fell_back"] == 8
+    pyvmm.concat_stats(reset=True)
     assert counts["reasons"] == {"dtypes": 1, "shapes": 3, "axis": 3, "no elements": 1}
+    deep, _ = make((1,) * 9)
+    assert pyvmm.concat(deep, deep, 8).shape == (1,) * 8 + (2,)
     same(cache, doubled)
     same(pyvmm.concat(cache, make((1, 8))[0]), np.concatenate((doubled, numbers((1, 8)))))
     assert stats()["appended"] == 1
@@ -349,7 +348,7 @@ def test_inside_an_out_of_memory_callback_of_its_own(device, make, make_pool, st
     assert len(inside) == 1
     same(inside[0], np.concatenate([expected] * (results[-1].shape[0] + 1)))
     assert stats()["fell_back"] == 1
-    del results
+    results.clear()
 
 
 def test_threads_with_one_cache(device, make, stats):
@@ -463,6 +462,52 @@ def test_what_it_does_not_take(empty):
     for other in ([1.0], 3, None, memoryview(b"ab")):
         with pytest.raises(TypeError, match="concat takes an array of NumPy"):
             pyvmm.concat(other, other)
+
+
+class Exporter:
+    """An array of a framework that has __dlpack__ and nothing faster."""
+
+    def __init__(self, array):
+        self.array = array
+        self.shape = array.shape
+
+    def __dlpack__(self, **arguments):
+        return self.array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+class OfExporters(Framework):
+    def unfit(self, cache, new):
+        return None
+
+    def concatenate(self, cache, new, axis):
+        return Exporter(np.concatenate((cache.array, new.array), axis))
+
+    def anchor(self, cache):
+        return NUMPY.anchor(cache.array)
+
+    def wrap(self, reserved):
+        return Exporter(NUMPY.wrap(reserved))
+
+    def cut(self, array, shape, strides):
+        result = NUMPY.cut(array.array, shape, strides)
+        return None if result is None else Exporter(result)
+
+    def dense(self, array):
+        return Exporter(NUMPY.dense(array.array))
+
+
+def test_invariant_10_of_a_framework_with_dlpack_alone(host, stats):
+    register(Exporter, OfExporters())
+    expected = numbers((2, 3, 8))
+    cache = Exporter(expected)
+    for _ in range(4):
+        cache = pyvmm.concat(cache, Exporter(expected[:, :3]), 1)
+        expected = np.concatenate((expected, expected[:, :3]), 1)
+        assert np.array_equal(cache.array, expected)
+    assert stats() == {"taken_in": 1, "appended": 3}
 
 
 # ---- NumPy alone --------------------------------------------------------------------

@@ -23,19 +23,13 @@ from hypothesis import strategies as st  # noqa: E402
 import concat_programs  # noqa: E402
 import pyvmm  # noqa: E402
 import pyvmm.cupy  # noqa: E402
-from concat_arrays import Uncollected, in_use  # noqa: E402
+from concat_arrays import Uncollected, counted, in_use  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def stats():
     pyvmm.concat_stats(reset=True)
-
-    def read():
-        counts = pyvmm.concat_stats()
-        del counts["copied_bytes"], counts["reasons"]
-        return {name: n for name, n in counts.items() if n}
-
-    return read
+    return counted
 
 
 def same(result, expected):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st  # noqa: E402
 import concat_programs  # noqa: E402
 import pyvmm  # noqa: E402
 import pyvmm.torch  # noqa: E402
-from concat_arrays import Uncollected, in_use  # noqa: E402
+from concat_arrays import Uncollected, counted, in_use  # noqa: E402
 
 CAT = torch.cat
 VIEW = torch.Tensor.view
@@ -42,13 +42,7 @@ def place(request):
 @pytest.fixture(autouse=True)
 def stats():
     pyvmm.concat_stats(reset=True)
-
-    def read():
-        counts = pyvmm.concat_stats()
-        del counts["copied_bytes"], counts["reasons"]
-        return {name: n for name, n in counts.items() if n}
-
-    yield read
+    yield counted
     assert torch.cat is CAT and torch.Tensor.view is VIEW
 
 
@@ -383,7 +377,7 @@ def test_a_model_with_tuples_for_a_cache(place):
         with pyvmm.torch.inplace_cat() as turned:
             result = decode(model, prompt, 20)
         assert in_use(device_of(place)) == before
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     # Of each layer's K and V all but the first, which nothing had returned before.
     assert turned.turned == 3 * 2 * 19
     assert turned.left == {"not growing": 3 * 21 + 3 * 2, "number of operands": 1}
@@ -425,6 +419,22 @@ def test_blocks_nest_and_are_of_one_thread():
     grow()
     assert (inner.turned, outer.turned) == (3, 3)
     assert "turned 3" in repr(outer)
+
+
+def test_a_block_that_another_thread_ends():
+    def generate():
+        with pyvmm.torch.inplace_cat():
+            yield
+
+    generator = generate()
+    next(generator)
+    thread = threading.Thread(target=generator.close)
+    thread.start()
+    thread.join()
+    assert torch.cat is CAT
+    with pyvmm.torch.inplace_cat() as turned:
+        torch.cat((torch.cat((torch.ones(2), torch.ones(1))), torch.ones(1)))
+    assert turned.turned == 1
 
 
 def test_an_exception_puts_everything_back():

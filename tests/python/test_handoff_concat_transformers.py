@@ -69,7 +69,7 @@ def config_of(kind):
 
 KINDS = ["llama", "qwen2", "mistral", "gpt_neox", "gpt2", "gemma3"]
 # Layers that grow: of the others transformers slides a window over what it concatenates.
-N_GROWING = {kind: N_LAYERS for kind in KINDS} | {"gemma3": 2}
+N_GROWING = dict.fromkeys(KINDS, N_LAYERS) | {"gemma3": 2}
 N_TOKENS = 40
 
 
