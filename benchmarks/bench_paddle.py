@@ -4,7 +4,8 @@ Cache (B, N, 8, 128); one sample is K and V of one new token. `own/...` is paddl
 tokens on; `concat/...` pyvmm.paddle.concat, with memory mapped as it grows; `op/...` the
 custom operator, called eagerly on (N, B, 8, 128), and `show/...` pyvmm.paddle.concat once the
 operator is loaded, whose extension then makes the results. bfloat16 has few kernels on the
-CPU, but concat is one of them.
+CPU, but concat is one of them. `step-own/...` and `step-concat/...` are a token with the
+attention over the cache, written as PaddleNLP's models do, in float32.
 """
 
 import functools
@@ -62,13 +63,46 @@ def own(bench):
         bench.report(f"own/{dtype}/{batch}/{n_tokens}", times)
 
 
+def attention(q, keys, values):
+    """As PaddleNLP's models: (batch, tokens, heads, dim) in, transposed here."""
+    q, keys, values = (paddle.transpose(x, [0, 2, 1, 3]) for x in (q, keys, values))
+    weights = paddle.nn.functional.softmax(paddle.matmul(q, keys, transpose_y=True) / 128**0.5)
+    return paddle.matmul(weights, values)
+
+
+def steps(bench):
+    """The two in turn: what else the machine does then falls on both."""
+    concats = {"step-own": paddle.concat, "step-concat": vmm_paddle.concat}
+    for dtype, batch, n_tokens in CASES:
+        if dtype != "float32":
+            continue
+        new = ones(dtype, [batch, 1, 8, 128])
+        start = ones(dtype, [batch, n_tokens, 8, 128])
+        states = {name: [concat([start, new], 1)] * 2 for name, concat in concats.items()}
+        states["step-concat"][1] = vmm_paddle.concat([start, new], 1)
+
+        def token(name):
+            state, concat = states[name], concats[name]  # noqa: B023
+            state[:] = [concat([cache, new], 1) for cache in state]  # noqa: B023
+            attention(new, *state)  # noqa: B023
+
+        times = {name: [] for name in concats}
+        for _ in range(35):
+            for name in concats:
+                times[name].append(timed(functools.partial(token, name)))
+        case = f"{batch}/{n_tokens}"
+        bench.report(f"step-own/{case}", times["step-own"][5:])
+        bench.report(f"step-concat/{case}", times["step-concat"][5:], f"step-own/{case}")
+
+
 def main():
-    bench = Bench("bench_paddle", "a GPU; attention; the copy of a cache that is taken in")
+    bench = Bench("bench_paddle", "a GPU; the copy of a cache that is taken in")
     if bench.is_cuda:
         raise SystemExit("bench_paddle measures on the host")
     paddle.set_device("cpu")
     keep_large_blocks()
     own(bench)
+    steps(bench)
     measure(bench, "concat", lambda cache, new: vmm_paddle.concat([cache, new], 1), 1)
     paddle_op.load()
     measure(bench, "op", lambda cache, new: paddle_op.concat(cache, new, 0), 0)
