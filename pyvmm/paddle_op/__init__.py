@@ -61,7 +61,8 @@ _LIBVMM = "libvmm.so.0"
 
 _lock = threading.Lock()
 _extension: Any = None
-_pooled: set[str] = set()
+_pooled: set[str] = set()  # devices whose pool the operator has been told
+os.register_at_fork(after_in_child=_pooled.clear)
 
 
 @unified  # to_static calls it and does not translate it
@@ -73,7 +74,8 @@ def concat(cache: Any, rows: Any, axis: int = 0, *, capacity: int = CAPACITY) ->
     capacity: rows of address space where the cache has to be copied into a new tensor;
               past it that happens again, to at least twice the size
 
-    Earlier results stay what they were. No gradient passes through: in eager mode tensors
+    Earlier results stay what they were. Threads may go on from one cache at once if all of them
+    do it by this operator. No gradient passes through: in eager mode tensors
     that require one are refused with a RuntimeError. Otherwise raises ValueError, TypeError,
     MemoryError, and RuntimeError where the operator cannot be built."""
     ndim = len(cache.shape)

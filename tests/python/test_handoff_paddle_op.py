@@ -3,6 +3,7 @@ in to_static and in static programs, in while loops. It is compiled here if it i
 
 import os
 import re
+import threading
 import warnings
 from pathlib import Path
 
@@ -174,6 +175,53 @@ def wanting():
 def test_errors_say_what_to_do(error, message, call):
     with pytest.raises(error, match=message):
         call(rows(5, 2, 4))
+
+
+def test_threads_may_go_on_from_one_cache():
+    shared = paddle_op.concat(rows(5, 2, 4), rows(1, 2, 4))
+    expected, wrong = shared.numpy(), []
+
+    def work(seed):
+        cache = kept = rows(3, 2, 4, seed=seed)
+        for step in range(60):
+            new = rows(1, 2, 4, seed=seed + step)
+            cache, kept = paddle_op.concat(cache, new), paddle.concat([kept, new])
+            longer = paddle_op.concat(shared, new)
+            if longer.numpy().tobytes() != np.concatenate([expected, new.numpy()]).tobytes():
+                wrong.append(step)
+        if raw(cache) != raw(kept):
+            wrong.append("own")
+
+    threads = [threading.Thread(target=work, args=(1000 * n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_forked_child_is_told_and_begins_anew():
+    said = run_python(
+        """
+        import os, sys, warnings
+        warnings.simplefilter("ignore")
+        import paddle
+        from pyvmm import paddle_op
+        paddle.set_device("cpu")
+        x = paddle.ones([2, 3])
+        cache = paddle_op.concat(x, x)
+        sys.stdout.flush()
+        if os.fork():
+            _, status = os.wait()
+            sys.exit(status)
+        try:
+            paddle_op.concat(cache, x)
+        except OSError as error:
+            print("parent process" in str(error))
+        print(paddle_op.concat(x, x).shape)
+        """
+    )
+    assert said.split("\n")[-3:-1] == ["True", "paddle.Size([4, 3])"]
 
 
 # ---- in programs ------------------------------------------------------------------------------
