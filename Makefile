@@ -54,9 +54,9 @@ $(error libvmm and pyvmm are built on Linux only; this is $(shell uname -s))
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: all help install venv demo demo-llm test test-frameworks test-paddlenlp test-paddleformers test-inplace \
-        test-programs inplace lint format \
-        ptx dist bench-c clean check-cc check-cxx check-python check-venv FORCE
+.PHONY: all help install venv demo demo-llm test test-frameworks soak test-inplace test-programs \
+        inplace lint format ptx dist bench-c reliability clean check-cc check-cxx check-python \
+        check-venv FORCE
 
 all: build/libvmm.so
 
@@ -67,12 +67,15 @@ help:
 	@echo 'make demo-llm     the same for a real model (downloads a few hundred MB)'
 	@echo 'make test         all C and Python tests that this machine can run;'
 	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
-	@echo 'make test-frameworks  whole models: transformers with concat inside; PaddleNLP and'
-	@echo '                  PaddleFormers (make test-paddlenlp, test-paddleformers alone)'
+	@echo 'make test-frameworks  whole models: transformers with concat inside'
+	@echo 'make soak         100 000 random operations with failing driver calls, half an hour'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
+	@echo 'make reliability  what docs/RELIABILITY.md shows of the sweeps, anew'
 	@echo 'make lint         clang-format, ruff, cython-lint, mypy, warnings; make format mends'
 	@echo 'make dist         dist/: an sdist, and a wheel that needs no compiler'
+	@echo 'make planted-defects  plants defects in a copy, one at a time: a test must notice each;'
+	@echo '                  the table goes into docs/RELIABILITY.md'
 	@echo 'make bench-c      the C benchmarks; ARGS="cuda:0 --out FOLDER"'
 	@echo 'make ptx          regenerate libvmm/src/append.ptx (needs nvcc 13.0.88)'
 	@echo 'make venv, clean  the virtual environment alone; remove what was built'
@@ -246,12 +249,20 @@ test: venv $(call have,test) $(foreach name,$(WITH),$(call have,$(name)))
 	@$(VENV_PYTHON) tests/run_tests.py
 
 # Whole models of other libraries: what takes too long, and installs too much, for `make test`.
+# Each file in a process of its own, since frameworks do not always bear one another.
 test-frameworks: venv $(call have,test) $(call have,transformers)
 	@$(IN_VENV)
-	$(VENV_PYTHON) -m pytest -q -m frameworks tests/python
+	@for file in $$(grep -l 'mark\.frameworks' tests/python/test_*.py); do \
+	  $(VENV_PYTHON) -m pytest -q -m frameworks $$file || exit 1; done
+
+soak: venv $(call have,test)
+	@$(IN_VENV)
+	@$(TEST_PROGRAMS)
+	@$(VENV_PYTHON) tests/python/soak.py
 
 # Libraries over Paddle whose pins do not go with anyone else's: an environment for each.
 PADDLE_LIBRARIES := paddlenlp paddleformers
+.PHONY: $(PADDLE_LIBRARIES:%=test-%)
 test-frameworks: $(PADDLE_LIBRARIES:%=test-%)
 
 $(VENV)-%/.have: tests/requirements-%.txt | check-venv
@@ -267,12 +278,21 @@ test-inplace: inplace
 	@$(TEST_PROGRAMS)
 	@$(PYTHON) tests/run_tests.py
 
+# The tables of docs/RELIABILITY.md, from what the tests find.
+reliability: $(SWEEP) $(SIM)
+	@$(PYTHON) tests/reliability.py
+
 build/benchmarks/%: benchmarks/%.c build/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
 
 bench-c: $(C_BENCHES)
 	@for bench in $(C_BENCHES); do echo "== $$bench"; $$bench $(ARGS) || exit 1; done
+
+# Each defect is planted in a copy of its own, build/defects; DEFECTS="NAME ..." for some.
+.PHONY: planted-defects
+planted-defects: venv $(call have,test)
+	@$(VENV_PYTHON) tests/defects/plant.py $(or $(DEFECTS),--write)
 
 -include $(wildcard build/obj/*.d build/tests/c/*.d build/benchmarks/*.d)
 

@@ -7,7 +7,7 @@ from cpython.ref cimport PyObject
 
 from pyvmm._core cimport TensorCore
 from pyvmm._dlpack cimport Region
-from pyvmm._error cimport check
+from pyvmm._error cimport check, check_after_callbacks
 from pyvmm._libvmm cimport (
     VMM_OK,
     VMM_STREAM_LEGACY,
@@ -141,6 +141,7 @@ cdef int _append_all(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tens
             return 1
         if not first.on_host:
             _after_copy(n, appends, chosen)
+        check_after_callbacks(VMM_OK)
     finally:
         for i in range(n_read):
             _close(&appends[i])
@@ -251,7 +252,8 @@ cdef int _copy(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tensor **h
         vmm_pin_shown(handles[0])
     for i in range(n):
         (<TensorCore>appends[i].tensor).leave()
-    check(status)
+    if status != VMM_OK:
+        check_after_callbacks(status)
     return 0
 
 

@@ -61,6 +61,9 @@ cdef dict _LAYOUTS = {
 # many, and so many times what it has. They cost no memory.
 cdef Py_ssize_t LEAST_CAPACITY = 65536
 cdef Py_ssize_t CAPACITY_FACTOR = 4
+# Lanes of what is taken in on the host without a layout. Each takes a page at least, and two of
+# the mappings that the kernel has 65530 of for all tensors of a process.
+cdef Py_ssize_t MOST_LANES = 256
 # Steps after each of which a cache was taken in that the step before had returned.
 cdef int STEPS_TO_WARN = 8
 
@@ -209,7 +212,8 @@ def concat(cache, new, axis=0, *, capacity=None, layout=None, pool=None):
     For a tensor that is taken in:
     capacity: rows of address space; by default 65536 or four times the result, whichever
               is more
-    layout:   "seq", "lane" or "c", see pyvmm.empty()
+    layout:   "seq", "lane" or "c", see pyvmm.empty(); by default as there, but "seq" on the host
+              too where "c" would make more than 256 lanes
     pool:     a Pool of the array's device; by default default_pool()
 
     Raises what the framework's concatenate raises, ValueError and TypeError for parameters,
@@ -446,9 +450,14 @@ cdef object _take_in(Framework framework, object cache, const Source *old, objec
                      const Source *rows, int axis, object capacity, object layout, object pool):
     global _taken_in
     cdef Py_ssize_t n_rows = old.shape[axis] + rows.shape[axis]
+    cdef Py_ssize_t n_lanes = 1
     cdef int d
     shape = [old.shape[d] for d in range(old.array.ndim)]
     shape[axis] = 0
+    for d in range(axis):
+        n_lanes = n_lanes * old.shape[d]
+    if layout is None and n_lanes > MOST_LANES:
+        layout = "seq"
     if capacity is None:
         capacity = max(LEAST_CAPACITY, CAPACITY_FACTOR * n_rows)
     else:

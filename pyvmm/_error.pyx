@@ -1,6 +1,8 @@
 # cython: language_level=3, embedsignature=True
 """The exceptions of pyvmm, and how a vmm_status becomes one."""
 
+from cpython.pythread cimport PyThread_get_thread_ident
+
 from pyvmm._libvmm cimport (
     VMM_ERR_CAPACITY,
     VMM_ERR_DTYPE,
@@ -105,3 +107,24 @@ cdef int raise_last(vmm_status status) except -1 nogil:
 cdef int raise_status(vmm_status status, str operation, str message) except -1:
     """Raise for a status that this layer found by itself."""
     raise _exception(status, message, 0, operation)
+
+
+# What interrupted the out-of-memory callbacks of a call that is under way, by its thread.
+cdef dict _interrupts = {}
+
+
+cdef int keep_interrupt(object interrupt) except -1:
+    """Have the call of this thread that is under way raise it."""
+    global interrupted
+    _interrupts.setdefault(PyThread_get_thread_ident(), interrupt)
+    interrupted = True
+    return 0
+
+
+cdef int raise_interrupt() except -1:
+    global interrupted
+    interrupt = _interrupts.pop(PyThread_get_thread_ident(), None)
+    interrupted = bool(_interrupts)
+    if interrupt is not None:
+        raise interrupt
+    return 0

@@ -10,7 +10,7 @@ from libc.stdint cimport uint64_t
 
 from pyvmm._device cimport canonical_name, open_device
 from pyvmm._dlpack cimport DL_CPU, DL_CUDA, DLDevice
-from pyvmm._error cimport check, explain_shortages, raise_status
+from pyvmm._error cimport check, explain_shortages, keep_interrupt, raise_status
 from pyvmm._libvmm cimport (
     VMM_BLOCK_AUTO,
     VMM_CALL_COUNT,
@@ -81,10 +81,13 @@ cdef int _run_callback(void *user, size_t needed_bytes) noexcept with gil:
     function = (<_Callback>user).function
     try:
         return bool(function(needed_bytes))
-    except BaseException as error:
+    except Exception as error:
         # There is nobody to raise to, in the middle of a growth.
         PyErr_SetObject(type(error), error)
         PyErr_WriteUnraisable(function)
+        return 0
+    except BaseException as interrupt:
+        keep_interrupt(interrupt)  # Ctrl-C, sys.exit(): for the call that needs the memory
         return 0
 
 
@@ -259,7 +262,8 @@ cdef class Pool:
         It runs on the thread that needs the memory, may free memory anywhere (close other
         tensors, empty a framework's cache, trim this pool), and returns something true if it
         freed any: then the pool tries once more. The tensor that is growing refuses calls
-        meanwhile. An exception in it goes to sys.unraisablehook and counts as false.
+        meanwhile. An exception in it goes to sys.unraisablehook and counts as false;
+        KeyboardInterrupt and SystemExit are raised by the call that needed the memory.
         Callbacks run in the order of registration, as long as the pool is open, after the
         caches of torch, CuPy and Paddle have been emptied.
         Raises TypeError for what cannot be called, VMMError when closed."""

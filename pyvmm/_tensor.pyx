@@ -15,7 +15,7 @@ from pyvmm._buffer cimport release_buffer
 from pyvmm._core cimport Link, TensorCore, no_copies
 from pyvmm._device cimport canonical_name
 from pyvmm._dlpack cimport DL_CPU
-from pyvmm._error cimport check, raise_status
+from pyvmm._error cimport check, check_after_callbacks, raise_status
 from pyvmm._export cimport dlpack_device, interface_of, to_buffer, to_dlpack, to_numpy
 from pyvmm._libvmm cimport (
     VMM_ERR_CAPACITY,
@@ -374,7 +374,7 @@ cdef class VTensor(TensorCore):
         with nogil:
             status = vmm_grow(handle, n_rows, NULL)
         self.leave()
-        check(status)
+        check_after_callbacks(status)
         return view_of(self, start, start + n_rows)
 
     def map(self, n):
@@ -389,7 +389,7 @@ cdef class VTensor(TensorCore):
         with nogil:
             status = vmm_map(handle, n_rows)
         self.leave()
-        check(status)
+        check_after_callbacks(status)
 
     def truncate(self, n, stream=None):
         """Make the length n, giving up the rows beyond. Memory stays mapped: trim() returns it.
@@ -443,8 +443,9 @@ cdef class VTensor(TensorCore):
         with nogil:
             status = vmm_fork(handle, n_rows, &copy)
         self.leave()
-        check(status)
-        tensor.adopt(copy, self.pool_, self.dtype_, self.layout_, self.block_size_, self.zero)
+        if status == VMM_OK:
+            tensor.adopt(copy, self.pool_, self.dtype_, self.layout_, self.block_size_, self.zero)
+        check_after_callbacks(status)
         return tensor
 
     def close(self):

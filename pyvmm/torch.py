@@ -27,6 +27,8 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils.dlpack import from_dlpack
 
 from pyvmm._concat import Framework, fall_back, is_tensor_at, join, register
@@ -38,6 +40,7 @@ __all__ = ["cat", "inplace_cat"]
 _Tensor = torch.Tensor
 _cat = torch.cat
 _n_dispatch_modes = torch._C._len_torch_dispatch_stack
+_n_function_modes = torch._C._len_torch_function_stack
 # Constant under torch.compile, which then sees torch.cat and nothing of this.
 _is_compiling = torch.compiler.is_dynamo_compiling
 _is_tracing = torch._C._is_tracing
@@ -53,6 +56,10 @@ class _Torch(Framework):
         if cache.requires_grad or new.requires_grad:
             return "gradients"
         if _n_dispatch_modes() or _is_tracing() or forward_ad._current_level >= 0:
+            return "a mode of torch"
+        if _n_function_modes() and not all(
+            type(mode) is DeviceContext for mode in _get_current_function_mode_stack()
+        ):
             return "a mode of torch"
         # Sparse and quantised tensors, and those of a functorch transform, have no memory to
         # look at. These have, and other elements than lie there:

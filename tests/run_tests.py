@@ -19,6 +19,8 @@ import xml.etree.ElementTree as xml
 from collections import Counter
 from pathlib import Path
 
+import reliability
+
 ROOT = Path(__file__).resolve().parent.parent
 SIMULATOR = ROOT / "build/sim/libcuda.so.1"
 TIMEOUT_S = 600
@@ -77,7 +79,7 @@ def run_c_test(program, label, arguments, env, totals):
     if not program.exists():
         totals.failed += 1
         print(f"FAIL  {name}: was not built")
-        return
+        return ""
     try:
         result = subprocess.run(
             [program, *arguments],
@@ -100,10 +102,31 @@ def run_c_test(program, label, arguments, env, totals):
     else:
         totals.failed += 1
         print(f"FAIL  {name}: exit status {status}\n{output}")
+    return output
+
+
+def run_sweeps(totals):
+    """tests/sweep: every call that can fail does, on the host and on simulated drivers; and
+    docs/RELIABILITY.md says so."""
+    sweeps = []
+    failed = totals.failed
+    for label, device, extra in reliability.SWEEPS:
+        env = environment(VMM_CUDA_LIBRARY=str(SIMULATOR), **extra)
+        output = run_c_test(reliability.PROGRAM, label, [device, "--json"], env, totals)
+        sweeps += reliability.parse(label, output)
+    if totals.failed > failed:
+        return
+    if reliability.sweeps_table(sweeps) == reliability.section("sweeps"):
+        totals.passed += 1
+        print("pass  docs/RELIABILITY.md")
+    else:
+        totals.failed += 1
+        print("FAIL  docs/RELIABILITY.md: not what was swept: make reliability, and commit it")
 
 
 def run_c_tests(devices):
     totals = Totals()
+    run_sweeps(totals)
     for source in sorted((ROOT / "tests/c").glob("test_*.c")):
         program = ROOT / "build/tests/c" / source.stem
         if re.search(r"\bmain\(int argc", source.read_text()):

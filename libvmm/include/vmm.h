@@ -488,7 +488,10 @@ VMM_API vmm_stream vmm_last_stream(const vmm_tensor *tensor);
 VMM_API vmm_status vmm_stream_wait(vmm_device *device, vmm_stream waiter, vmm_stream producer);
 
 /* vmm_event_*() - to learn when the work submitted to a stream so far is done, for instance
- * that an append has read its source. On the host an event is done when it is made. */
+ * that an append has read its source. On the host an event is done when it is made.
+ * Recording returns VMM_ERR_CAPTURING while `stream` is captured: such an event would never be
+ * done. It also returns VMM_ERR_INVALID (a stream of another device), VMM_ERR_OUT_OF_MEMORY,
+ * VMM_ERR_DRIVER, VMM_ERR_FORKED. */
 typedef struct vmm_event vmm_event;
 VMM_API vmm_status vmm_event_record(vmm_device *device, vmm_stream stream, vmm_event **out);
 VMM_API vmm_status vmm_event_query(vmm_event *event, int *done);

@@ -69,22 +69,47 @@ static copy_plan dense_in_destination(const copy_plan *plan) {
 /* From this size on a piece is worth a copy of its own. */
 #define WORTH_A_COPY ((size_t)64 << 10)
 
+/* Host memory that a source is gathered in. Where the stream cannot be waited for, copies may
+ * still read it: then it is queued in the pool and goes behind the next fence. */
+typedef struct staging {
+    pool_entry entry; /* first: the pool hands it back to us */
+    char data[];
+} staging;
+
+static vmm_status free_staging(pool_entry *entry, pool_work *work, bool fenced, bool retired,
+                               bool *gone) {
+    (void)work, (void)retired;
+    if (fenced)
+        free(entry);
+    *gone = fenced;
+    return VMM_OK;
+}
+
+static void queue_staging(staging *staging, vmm_pool *pool) {
+    memset(&staging->entry, 0, sizeof staging->entry);
+    staging->entry.retired = true;
+    staging->entry.reclaim = free_staging;
+    pthread_mutex_lock(&pool->lock);
+    pool_enqueue_locked(pool, &staging->entry);
+    pthread_mutex_unlock(&pool->lock);
+}
+
 vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tensor_calls,
                           vmm_stream stream, bool *submitted) {
     copy_plan pieces = *plan, gathered = dense_in_destination(plan);
-    char *staging = NULL;
+    staging *staging = NULL;
     if (gathered.n_outer < plan->n_outer && plan->run_bytes < WORTH_A_COPY) {
         size_t bytes = plan->run_bytes, stride = gathered.run_bytes;
         copy_plan gather = *plan;
         for (int i = 0; i < plan->n_outer; i++)
             bytes *= plan->count[i];
-        staging = malloc(bytes);
+        staging = malloc(sizeof *staging + bytes);
         if (!staging)
             return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "append",
                             "no host memory left to gather a strided source");
         /* The same pieces, one behind the other. */
         pieces = gathered;
-        pieces.src = gather.dst = (uintptr_t)staging;
+        pieces.src = gather.dst = (uintptr_t)staging->data;
         for (int i = pieces.n_outer - 1; i >= 0; i--) {
             pieces.src_stride[i] = gather.dst_stride[i] = (int64_t)stride;
             stride *= pieces.count[i];
@@ -101,9 +126,10 @@ vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tenso
     /* Pinned memory is read after the call has returned. Also behind a failure: earlier
      * copies may still be reading. */
     vmm_status waited = DRIVER(pool, tensor_calls, stream_synchronize, stream);
-    /* A stream that cannot be waited for may still be reading: better lost than reused. */
     if (!waited)
         free(staging);
+    else if (staging)
+        queue_staging(staging, pool);
     return status ? status : waited;
 }
 

@@ -14,13 +14,16 @@ uint64_t vmm_process = 1;
 
 static pthread_mutex_t registry_lock = PTHREAD_MUTEX_INITIALIZER;
 static vmm_device *registry;
+/* Guards what a device has on trial; held across driver calls. */
+static pthread_mutex_t trial_lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* The child has none of the parent's devices, and the lock may have been held by a thread
- * that does not exist here. */
+/* The child has none of the parent's devices, and a lock may have been held by a thread that
+ * does not exist here. */
 static void after_fork_in_child(void) {
     vmm_process++;
     registry = NULL;
     pthread_mutex_init(&registry_lock, NULL);
+    pthread_mutex_init(&trial_lock, NULL);
 }
 
 __attribute__((constructor)) static void watch_forks(void) {
@@ -69,6 +72,7 @@ static vmm_status open_locked(const driver_ops *ops, int index, vmm_device **out
     device->index = index;
     device->process = vmm_process;
     device->references = 1;
+    pthread_mutex_init(&device->fence_lock, NULL);
     vmm_status status = ops->open(index, &device->state);
     if (status)
         goto free_device;
@@ -89,6 +93,7 @@ static vmm_status open_locked(const driver_ops *ops, int index, vmm_device **out
 close_state:
     ops->close(device->state);
 free_device:
+    pthread_mutex_destroy(&device->fence_lock);
     free(device);
     return status;
 }
@@ -115,6 +120,15 @@ vmm_device *vmm_device_retain(vmm_device *device) {
     return device;
 }
 
+/* Give back what was reserved to try it. If the driver refuses, the next query tries again. */
+static bool free_trial(vmm_device *device) {
+    if (device->trial_bytes &&
+        device->ops->free(device->state, device->trial_base, device->trial_bytes))
+        return false;
+    device->trial_bytes = 0;
+    return true;
+}
+
 void vmm_device_close(vmm_device *device) {
     if (!device || device->process != vmm_process)
         return;
@@ -128,7 +142,11 @@ void vmm_device_close(vmm_device *device) {
     }
     pthread_mutex_unlock(&registry_lock);
     if (last) {
+        vmm_undo_begin();
+        free_trial(device);
+        vmm_undo_end();
         device->ops->close(device->state);
+        pthread_mutex_destroy(&device->fence_lock);
         free(device);
     }
 }
@@ -137,15 +155,17 @@ void vmm_device_close(vmm_device *device) {
  * nothing. */
 static size_t largest_reservation(vmm_device *device) {
     size_t largest = 0;
+    pthread_mutex_lock(&trial_lock);
     vmm_undo_begin(); /* running into the limit is no failure of this call */
     for (size_t bytes = (size_t)1 << 30; bytes && bytes <= SIZE_MAX / 4; bytes <<= 1) {
-        uintptr_t base;
-        if (device->ops->reserve(device->state, bytes, 0, &base))
+        if (!free_trial(device) ||
+            device->ops->reserve(device->state, bytes, 0, &device->trial_base))
             break;
-        device->ops->free(device->state, base, bytes);
-        largest = bytes;
+        largest = device->trial_bytes = bytes;
     }
+    free_trial(device);
     vmm_undo_end();
+    pthread_mutex_unlock(&trial_lock);
     return largest;
 }
 

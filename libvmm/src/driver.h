@@ -14,6 +14,7 @@
 #ifndef VMM_DRIVER_H
 #define VMM_DRIVER_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -90,7 +91,12 @@ struct vmm_device {
     size_t granularity_bytes;
     uint64_t process; /* the one that opened it, see process.h */
     size_t references;
-    int captures; /* brackets that are open, on any pool of the device; atomic */
+    uintptr_t trial_base; /* of a reservation that a query has not been able to give back */
+    size_t trial_bytes;   /* 0 for none */
+    /* Between the question whether anyone captures and the fence that must not meet a capture;
+     * held across driver calls. Taken behind a pool's work lock, before its other one. */
+    pthread_mutex_t fence_lock;
+    int captures; /* brackets that are open, on any pool of the device; under fence_lock */
     struct vmm_device *next;
     struct vmm_pool *abandoned; /* pools that were released, not yet empty; see pool.c */
     char name[32];

@@ -8,6 +8,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -82,6 +83,43 @@ static vmm_status host_query(void *state, vmm_device_info *out) {
     return VMM_OK;
 }
 
+/* Addresses that the kernel would not take back (it may have to split a mapping, and there is
+ * a limit to how many there are): no memory lies behind them. The next reservation tries
+ * again. */
+static struct {
+    pthread_mutex_t lock;
+    struct {
+        char *address;
+        size_t bytes;
+    } ranges[16];
+} kept = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static void after_fork_in_child(void) {
+    pthread_mutex_init(&kept.lock, NULL);
+    memset(kept.ranges, 0, sizeof kept.ranges); /* kept out of the child or not, they stay */
+}
+
+__attribute__((constructor)) static void watch_forks(void) {
+    pthread_atfork(NULL, NULL, after_fork_in_child);
+}
+
+/* Give back what is kept, then these; with 0 bytes what is kept alone. */
+static void give_back(char *address, size_t bytes) {
+    pthread_mutex_lock(&kept.lock);
+    for (size_t i = 0; i < sizeof kept.ranges / sizeof kept.ranges[0]; i++) {
+        if (kept.ranges[i].bytes && munmap(kept.ranges[i].address, kept.ranges[i].bytes) == 0)
+            kept.ranges[i].bytes = 0;
+        if (kept.ranges[i].bytes || !bytes)
+            continue;
+        if (munmap(address, bytes)) {
+            kept.ranges[i].address = address;
+            kept.ranges[i].bytes = bytes;
+        }
+        bytes = 0;
+    }
+    pthread_mutex_unlock(&kept.lock);
+}
+
 static vmm_status host_reserve(void *state, size_t bytes, size_t alignment, uintptr_t *out) {
     (void)state;
     if (bytes >= HUGE_PAGE_BYTES && alignment < HUGE_PAGE_BYTES)
@@ -95,14 +133,12 @@ static vmm_status host_reserve(void *state, size_t bytes, size_t alignment, uint
     if (address == MAP_FAILED)
         return fail_reserve("mmap", errno, bytes);
     size_t before = spare ? (alignment - (uintptr_t)address % alignment) % alignment : 0;
-    if (before)
-        munmap(address, before);
-    if (spare > before)
-        munmap(address + before + bytes, spare - before);
+    give_back(address, before);
+    give_back(address + before + bytes, spare - before);
     address += before;
     if (madvise(address, bytes, MADV_DONTFORK)) {
         int code = errno;
-        munmap(address, bytes);
+        give_back(address, bytes);
         return fail_reserve("madvise", code, bytes);
     }
     madvise(address, bytes, MADV_HUGEPAGE); /* a wish: kernels without huge pages say no */
@@ -171,9 +207,12 @@ static vmm_status host_unmap(void *state, uintptr_t address, size_t bytes) {
     return VMM_OK;
 }
 
+/* map opened it, but an unmap that failed half-way may have closed it again. To open what is
+ * open costs the kernel nothing. */
 static vmm_status host_set_access(void *state, uintptr_t address, size_t bytes) {
-    (void)state, (void)address, (void)bytes; /* map opened it */
-    return VMM_OK;
+    (void)state;
+    return mprotect((void *)address, bytes, PROT_READ | PROT_WRITE) ? fail("mprotect", errno, bytes)
+                                                                    : VMM_OK;
 }
 
 static vmm_status host_fill(void *state, uintptr_t dst, size_t bytes, vmm_stream stream) {

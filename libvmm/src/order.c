@@ -29,41 +29,44 @@ vmm_status order_check_stream(vmm_tensor *tensor, vmm_stream *stream, const char
     return status;
 }
 
+/* Call the driver on behalf of a tensor, whose calls are counted, or of none (NULL). */
+#define CALL(device, tensor, verb, ...)                                                            \
+    (count((tensor), VMM_CALL_##verb), (device)->ops->verb((device)->state, __VA_ARGS__))
+
+static void count(vmm_tensor *tensor, vmm_call call) {
+    if (tensor)
+        pool_count(tensor->pool, tensor->driver_calls, call);
+}
+
 vmm_status order_capture_of(vmm_tensor *tensor, vmm_stream stream, uint64_t *capture) {
     *capture = 0;
     if (!ops_of(tensor)->is_async)
         return VMM_OK;
-    return DRIVER(tensor->pool, tensor->driver_calls, stream_capture, stream, capture);
-}
-
-/* The wait would draw the waiting stream into the producer's capture. */
-static vmm_status fail_captured(void) {
-    return vmm_fail(VMM_ERR_CAPTURING, "handoff",
-                    "the work to wait for is part of a capture: only streams of the same capture "
-                    "can wait for it before the graph runs");
+    return CALL(tensor->pool->device, tensor, stream_capture, stream, capture);
 }
 
 /* `stream` waits for what `producer` has been given so far. With `current` the event
  * already stands behind it. */
-static vmm_status wait_for(vmm_tensor *tensor, vmm_stream stream, vmm_stream producer,
-                           pool_event *event, bool *current) {
+static vmm_status wait_for(vmm_device *device, vmm_tensor *tensor, vmm_stream stream,
+                           vmm_stream producer, driver_event event, bool *current) {
     uint64_t capture, producer_capture;
-    vmm_status status = order_capture_of(tensor, stream, &capture);
+    vmm_status status = CALL(device, tensor, stream_capture, stream, &capture);
     if (!status)
-        status = order_capture_of(tensor, producer, &producer_capture);
+        status = CALL(device, tensor, stream_capture, producer, &producer_capture);
     if (status)
         return status;
-    if (producer_capture && producer_capture != capture)
-        return fail_captured();
+    if (producer_capture && producer_capture != capture) /* it would draw the stream into it */
+        return vmm_fail(VMM_ERR_CAPTURING, "handoff",
+                        "the work to wait for is part of a capture: only streams of the same "
+                        "capture can wait for it before the graph runs");
     if (!*current) {
-        status = DRIVER(tensor->pool, tensor->driver_calls, event_record, event->event, producer);
+        status = CALL(device, tensor, event_record, event, producer);
         if (status)
             return status;
         /* An event recorded inside a capture means nothing outside it. */
         *current = producer_capture == 0;
     }
-    return DRIVER(tensor->pool, tensor->driver_calls, event_wait, stream, event->event,
-                  capture && !producer_capture);
+    return CALL(device, tensor, event_wait, stream, event, capture && !producer_capture);
 }
 
 vmm_stream vmm_last_stream(const vmm_tensor *tensor) {
@@ -78,7 +81,8 @@ static vmm_status wait_for_last_write(vmm_tensor *tensor, vmm_stream stream) {
         if (status)
             return status;
     }
-    return wait_for(tensor, stream, tensor->last_stream, tensor->event, &tensor->event_current);
+    return wait_for(tensor->pool->device, tensor, stream, tensor->last_stream, tensor->event->event,
+                    &tensor->event_current);
 }
 
 static vmm_status wait_for_readers(vmm_tensor *tensor, vmm_stream stream) {
@@ -91,7 +95,8 @@ static vmm_status wait_for_readers(vmm_tensor *tensor, vmm_stream stream) {
         if (!event)
             status = pool_get_event(tensor->pool, &event);
         if (!status)
-            status = wait_for(tensor, stream, tensor->waits[i], event, &current);
+            status = wait_for(tensor->pool->device, tensor, stream, tensor->waits[i], event->event,
+                              &current);
     }
     pool_put_event(tensor->pool, event);
     return status;
@@ -165,27 +170,38 @@ vmm_status vmm_event_record(vmm_device *device, vmm_stream stream, vmm_event **o
     vmm_status status = check_device(device, "event_record");
     if (status)
         return status;
+    const driver_ops *ops = device->ops;
+    uint64_t capture = 0;
+    if (!stream)
+        stream = VMM_STREAM_LEGACY;
+    if (ops->is_async) {
+        status = ops->stream_check(device->state, stream);
+        if (!status)
+            status = ops->stream_capture(device->state, stream, &capture);
+    }
+    if (status)
+        return status;
+    if (capture)
+        return vmm_fail(VMM_ERR_CAPTURING, "event_record",
+                        "an event within a capture is never done: record it after the graph has "
+                        "been launched");
     vmm_event *event = calloc(1, sizeof *event);
     if (!event)
         return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "event_record", "no host memory left");
-    event->device = vmm_device_retain(device);
-    if (device->ops->is_async) {
-        if (!stream)
-            stream = VMM_STREAM_LEGACY;
-        status = device->ops->stream_check(device->state, stream);
-        if (!status)
-            status = device->ops->event_create(device->state, &event->event);
+    if (ops->is_async) {
+        status = ops->event_create(device->state, &event->event);
         if (status) {
-            vmm_device_close(device);
             free(event);
             return status;
         }
-        status = device->ops->event_record(device->state, event->event, stream);
+        status = ops->event_record(device->state, event->event, stream);
         if (status) {
-            vmm_event_close(event);
+            ops->event_destroy(device->state, event->event);
+            free(event);
             return status;
         }
     }
+    event->device = vmm_device_retain(device);
     *out = event;
     return VMM_OK;
 }
@@ -221,26 +237,17 @@ vmm_status vmm_stream_wait(vmm_device *device, vmm_stream waiter, vmm_stream pro
         producer = VMM_STREAM_LEGACY;
     if (waiter == producer)
         return VMM_OK;
-    uint64_t waiter_capture, producer_capture;
     const driver_ops *ops = device->ops;
     driver_event event;
+    bool current = false;
     status = ops->stream_check(device->state, waiter);
     if (!status)
         status = ops->stream_check(device->state, producer);
     if (!status)
-        status = ops->stream_capture(device->state, waiter, &waiter_capture);
-    if (!status)
-        status = ops->stream_capture(device->state, producer, &producer_capture);
+        status = ops->event_create(device->state, &event);
     if (status)
         return status;
-    if (producer_capture && producer_capture != waiter_capture)
-        return fail_captured();
-    status = ops->event_create(device->state, &event);
-    if (status)
-        return status;
-    status = ops->event_record(device->state, event, producer);
-    if (!status)
-        status = ops->event_wait(device->state, waiter, event, waiter_capture && !producer_capture);
+    status = wait_for(device, NULL, waiter, producer, event, &current);
     ops->event_destroy(device->state, event);
     return status;
 }

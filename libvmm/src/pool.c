@@ -285,11 +285,11 @@ static vmm_status record_fence(pool_work *work) {
     return VMM_OK;
 }
 
-/* Would a fence now meet a capture that is known of? */
+/* Would a fence now meet a capture that is known of? Under the device's fence lock. */
 static bool may_fence(pool_work *work) {
     vmm_pool *pool = work->pool;
     uint64_t capture = 0;
-    if (__atomic_load_n(&pool->device->captures, __ATOMIC_ACQUIRE) > 0)
+    if (pool->device->captures > 0)
         return false;
     if (work->stream == VMM_STREAM_NONE)
         return true;
@@ -310,23 +310,22 @@ static vmm_status reclaim(pool_work *work, bool wait) {
         first = settle_fence(work, wait);
     }
     if (!first && !pool->fence && needs_fence(pool)) {
-        if (!may_fence(work)) {
-            first = vmm_fail(VMM_ERR_CAPTURING, "fence",
-                             "queued memory can only be had behind a fence, and a stream is "
-                             "being captured");
-        } else {
-            first = record_fence(work);
-            if (!first)
-                first = settle_fence(work, wait);
-        }
+        pthread_mutex_lock(&pool->device->fence_lock);
+        first = may_fence(work) ? record_fence(work)
+                                : vmm_fail(VMM_ERR_CAPTURING, "fence",
+                                           "queued memory can only be had behind a fence, and a "
+                                           "stream is being captured");
+        pthread_mutex_unlock(&pool->device->fence_lock);
+        if (!first)
+            first = settle_fence(work, wait);
     }
     status = reclaim_covered(work, false);
     return first ? first : status;
 }
 
-void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
-    *work = (pool_work){pool, tensor_calls, stream};
-    pthread_mutex_lock(&pool->work);
+/* Try again what the driver would not take back. */
+static void retry_parked(pool_work *work) {
+    vmm_pool *pool = work->pool;
     pthread_mutex_lock(&pool->lock);
     bool retry = pool->parked_bytes > 0;
     pthread_mutex_unlock(&pool->lock);
@@ -345,6 +344,12 @@ void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vm
     vmm_undo_end();
 }
 
+void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
+    *work = (pool_work){pool, tensor_calls, stream};
+    pthread_mutex_lock(&pool->work);
+    retry_parked(work);
+}
+
 static void sweep_abandoned(vmm_device *device, vmm_stream stream);
 
 void pool_work_end(pool_work *work) {
@@ -360,7 +365,9 @@ void pool_drain(vmm_pool *pool) {
     if (pool->device->ops->is_async)
         return;
     /* Again, if another thread queued something after the list was taken and before the lock
-     * was free for it. What the driver refuses is parked and no news. */
+     * was free for it. What the driver refuses is parked and no news. Either we see its news
+     * here, having let go of the lock, or it finds the lock free: never neither. */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
     while (__atomic_load_n(&pool->has_news, __ATOMIC_ACQUIRE) &&
            pthread_mutex_trylock(&pool->work) == 0) {
         pool_work work = {pool, NULL, VMM_STREAM_NONE};
@@ -561,13 +568,11 @@ vmm_status vmm_pool_capture_begin(vmm_pool *pool) {
     vmm_status status = pool_check(pool, "pool_capture_begin");
     if (status)
         return status;
-    /* Behind `work`: a fence that is being taken now is done before the capture begins. */
-    pthread_mutex_lock(&pool->work);
-    pthread_mutex_lock(&pool->lock);
+    /* A fence that is being taken, on any pool of the device, is done before the capture begins. */
+    pthread_mutex_lock(&pool->device->fence_lock);
+    pool->device->captures++;
     pool->captures++;
-    pthread_mutex_unlock(&pool->lock);
-    __atomic_fetch_add(&pool->device->captures, 1, __ATOMIC_RELEASE);
-    pthread_mutex_unlock(&pool->work);
+    pthread_mutex_unlock(&pool->device->fence_lock);
     return VMM_OK;
 }
 
@@ -575,14 +580,14 @@ vmm_status vmm_pool_capture_end(vmm_pool *pool) {
     vmm_status status = pool_check(pool, "pool_capture_end");
     if (status)
         return status;
-    pthread_mutex_lock(&pool->lock);
-    if (pool->captures == 0)
+    pthread_mutex_lock(&pool->device->fence_lock);
+    if (pool->captures == 0) {
         status = vmm_fail(VMM_ERR_INVALID, "pool_capture_end", "no capture has begun");
-    else
+    } else {
         pool->captures--;
-    pthread_mutex_unlock(&pool->lock);
-    if (!status)
-        __atomic_fetch_sub(&pool->device->captures, 1, __ATOMIC_RELEASE);
+        pool->device->captures--;
+    }
+    pthread_mutex_unlock(&pool->device->fence_lock);
     return status;
 }
 
@@ -617,7 +622,11 @@ static void destroy(vmm_pool *pool) {
         free(event);
     }
     vmm_device *device = pool->device;
-    __atomic_fetch_sub(&device->captures, pool->captures, __ATOMIC_RELEASE);
+    if (pool->captures) { /* not otherwise: a destructor may be here, and waits for no driver */
+        pthread_mutex_lock(&device->fence_lock);
+        device->captures -= pool->captures;
+        pthread_mutex_unlock(&device->fence_lock);
+    }
     pthread_mutex_destroy(&pool->work);
     pthread_mutex_destroy(&pool->lock);
     free(pool->callbacks);
@@ -681,8 +690,8 @@ static void sweep_abandoned(vmm_device *device, vmm_stream stream) {
     vmm_undo_begin();
     while (pool) {
         vmm_pool *next = pool->next_abandoned;
-        pool_work work = {pool, NULL, stream};
-        pthread_mutex_lock(&pool->work);
+        pool_work work;
+        pool_work_begin(&work, pool, NULL, stream);
         reclaim(&work, false);
         release_free(&work, SIZE_MAX);
         pthread_mutex_unlock(&pool->work);

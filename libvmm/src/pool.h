@@ -74,7 +74,7 @@ struct vmm_pool {
     uint64_t fences_recorded;
     size_t live_ranges;
     void *allocations; /* ranges by their address, see alloc.c */
-    int captures;
+    int captures;      /* under the device's fence lock */
     pool_event *spare_events;
     pool_callback *callbacks;
     size_t n_callbacks;

@@ -79,6 +79,7 @@ typedef unsigned long long cu_pointer;
     X(set_current, "cuCtxSetCurrent", (void *))                                                    \
     X(get_current, "cuCtxGetCurrent", (void **))                                                   \
     X(synchronize, "cuCtxSynchronize", (void))                                                     \
+    X(memory_info, "cuMemGetInfo_v2", (size_t *, size_t *))                                        \
     X(alloc, "cuMemAlloc_v2", (cu_pointer *, size_t))                                              \
     X(free, "cuMemFree_v2", (cu_pointer))                                                          \
     X(to_host, "cuMemcpyDtoH_v2", (void *, cu_pointer, size_t))                                    \
@@ -92,6 +93,7 @@ typedef unsigned long long cu_pointer;
     X(stream_synchronize, "cuStreamSynchronize", (void *))                                         \
     X(host_function, "cuLaunchHostFunc", (void *, void (*)(void *), void *))                       \
     X(begin_capture, "cuStreamBeginCapture_v2", (void *, int))                                     \
+    X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", (int *))                         \
     X(end_capture, "cuStreamEndCapture", (void *, void **))                                        \
     X(instantiate, "cuGraphInstantiateWithFlags", (void **, void *, unsigned long long))           \
     X(graph_launch, "cuGraphLaunch", (void *, void *))                                             \

@@ -144,6 +144,34 @@ static void test_context(const fixture *f) {
     }
 }
 
+/* So is the thread's capture mode, which calls change for themselves: by success and failure. */
+static void test_capture_mode(const fixture *f) {
+    static const int64_t shape[] = {0, 4};
+    vmm_spec spec = {.ndim = 2, .shape = shape, .dtype = VMM_INT8, .capacity = 1000};
+    vmm_tensor *tensor;
+    vmm_device *device;
+
+    if (!f->is_cuda)
+        return;
+    for (int mode = 0; mode < 3; mode++) {
+        int before = mode, after;
+        CHECK_CUDA(cuda()->exchange_capture_mode(&before));
+        CHECK_OK(vmm_device_open("cuda:0", &device));
+        CHECK_STATUS(vmm_device_open("cuda:63", &device), VMM_ERR_NO_DEVICE);
+        CHECK_OK(vmm_reserve(f->pool, &spec, &tensor));
+        CHECK_OK(vmm_grow(tensor, 1, NULL));
+        CHECK_OK(vmm_close(tensor));
+        CHECK_OK(vmm_pool_trim(f->pool, 1));
+        spec.capacity = SIZE_MAX / 64;
+        CHECK_STATUS(vmm_reserve(f->pool, &spec, &tensor), VMM_ERR_DRIVER);
+        spec.capacity = 1000;
+        vmm_device_close(f->device);
+        after = before;
+        CHECK_CUDA(cuda()->exchange_capture_mode(&after));
+        CHECK(after == mode);
+    }
+}
+
 int main(int argc, char **argv) {
     in_child(without_driver);
     in_child(with_another_library);
@@ -154,6 +182,7 @@ int main(int argc, char **argv) {
     test_counting(&f);
     test_not_there(&f);
     test_context(&f);
+    test_capture_mode(&f);
     fixture_close(&f);
     return 0;
 }

@@ -264,6 +264,7 @@ static void test_capture(const fixture *f, int mode) {
     fixture own = *f;
     vmm_spec spec = make_spec(6 * f->granularity_bytes / ROW_BYTES);
     void *stream = new_stream(), *outside = new_stream(), *graph, *exec;
+    vmm_event *event;
     int64_t row_shape[] = {1, ROW_BYTES};
     uint8_t host_row[ROW_BYTES] = {0};
     vmm_array host_source = {.data = host_row, .dtype = VMM_UINT8, .ndim = 2, .shape = row_shape};
@@ -283,6 +284,9 @@ static void test_capture(const fixture *f, int mode) {
     append_row(&m, &r, 10, stream);
     CHECK_STATUS(vmm_append(m.tensor, &host_source, stream), VMM_ERR_CAPTURING);
     CHECK_STATUS(vmm_handoff(m.tensor, outside), VMM_ERR_CAPTURING);
+    CHECK_STATUS(vmm_stream_wait(f->device, outside, stream), VMM_ERR_CAPTURING);
+    CHECK_STATUS(vmm_event_record(f->device, stream, &event), VMM_ERR_CAPTURING);
+    CHECK(!event && strstr(vmm_last_error()->message, "capture"));
     CHECK_OK(vmm_handoff(m.tensor, stream));
     free(dropped.numbers);
     CHECK_OK(vmm_close(dropped.tensor));
@@ -302,6 +306,36 @@ static void test_capture(const fixture *f, int mode) {
     CHECK_OK(vmm_pool_close(own.pool));
     CHECK_CUDA(cuda()->stream_destroy(stream));
     CHECK_CUDA(cuda()->stream_destroy(outside));
+}
+
+/* The append's own stream is asked whether it is captured: queued memory then stays queued,
+ * also for a program that does not say that it captures. */
+static void test_capture_without_brackets(const fixture *f) {
+    fixture own = *f;
+    vmm_spec spec = make_spec(6 * f->granularity_bytes / ROW_BYTES);
+    void *stream = new_stream(), *graph;
+    vmm_pool_stats stats;
+
+    CHECK_OK(vmm_pool_create(f->device, f->granularity_bytes, 0, &own.pool));
+    model m = model_open(&own, &spec), closed = model_open(&own, &spec);
+    rows r = new_rows(f, m.tensor, 10);
+    append_row(&closed, &r, 0, stream);
+    append_row(&m, &r, 0, stream);
+    CHECK_CUDA(cuda()->stream_synchronize(stream));
+    free(closed.numbers);
+    CHECK_OK(vmm_close(closed.tensor));
+    model_grow(&m, vmm_mapped(m.tensor) - m.length, false);
+    CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
+    append_row(&m, &r, 1, stream);
+    CHECK_CUDA(cuda()->end_capture(stream, &graph));
+    CHECK_OK(vmm_pool_statistics(own.pool, &stats));
+    CHECK_SIZE(stats.driver_calls[VMM_CALL_fence], 0);
+    CHECK_SIZE(stats.queued_bytes, f->granularity_bytes);
+    CHECK_CUDA(cuda()->graph_destroy(graph));
+    free_rows(f, &r);
+    model_close(&m);
+    CHECK_OK(vmm_pool_close(own.pool));
+    CHECK_CUDA(cuda()->stream_destroy(stream));
 }
 
 static void test_host(const fixture *f) {
@@ -336,6 +370,7 @@ int main(int argc, char **argv) {
         test_done_events(&f);
         test_capture(&f, CUDA_CAPTURE_GLOBAL);
         test_capture(&f, CUDA_CAPTURE_THREAD_LOCAL);
+        test_capture_without_brackets(&f);
     } else {
         test_host(&f);
     }

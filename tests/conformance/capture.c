@@ -201,6 +201,7 @@ static void wait_as_external(void) {
     CUstream other = new_stream(NON_BLOCKING);
     CUevent event = new_event();
     MUST(cuEventRecord, event, other);
+    MUST(cuEventSynchronize, event);
     CUstream stream = captured(NON_BLOCKING, RELAXED);
     TRY(cuStreamWaitEvent, stream, event, CU_EVENT_WAIT_EXTERNAL);
     TRY(cuEventRecordWithFlags, event, stream, CU_EVENT_RECORD_EXTERNAL);
@@ -390,6 +391,6 @@ static const probe probes[] = {
     PROBE(exchange_modes),
     PROBE(replay),
     PROBE(replay_after_growth),
-    PROBE(destroy_while_capturing),
+    ALONE(destroy_while_capturing),
 };
 const probe_list capture_probes = {"captures", probes, LENGTH_OF(probes)};

@@ -183,7 +183,7 @@ static void contexts(void) {
 static void other_thread(void *unused) {
     (void)unused;
     CUcontext current = context;
-    MUST(cuCtxSetCurrent, NULL);
+    cuda.cuCtxSetCurrent(NULL);
     TRY(cuCtxGetCurrent, &current);
     say("%s", current ? "one is current" : "none is current");
 }
@@ -238,10 +238,10 @@ static void load_what_is_no_code(void) {
 }
 
 static const probe probes[] = {
-    RAW_PROBE(before_init),    PROBE(entry_points),      PROBE(errors),
+    RAW(before_init),          PROBE(entry_points),      PROBE(errors),
     PROBE(errors_unknown),     PROBE(devices),           PROBE(contexts),
-    PROBE(contexts_by_thread), PROBE(without_a_context), PROBE(load_what_is_no_code),
-    PROBE(in_a_host_callback), PROBE(in_a_forked_child),
+    PROBE(contexts_by_thread), PROBE(without_a_context), ALONE(load_what_is_no_code),
+    ALONE(in_a_host_callback), ALONE(in_a_forked_child),
 };
 const probe_list driver_probes = {"the driver, its devices and contexts", probes,
                                   LENGTH_OF(probes)};

@@ -13,7 +13,7 @@
  *   - use of a stream, event, graph or module after its end, and of handles that never were:
  *     the driver follows the pointer
  *   - unmapping what a running kernel touches, and unordered access from two streams: the
- *     outcome depends on timing (the simulator reports both, tests/c/test_sim_strict.c)
+ *     outcome depends on timing (the simulator reports both, tests/c/test_sim_work.c)
  *   - the host reading device memory: a fault there, memory on the simulator
  *   - destroying the primary context while others may use it
  *   - a stream of another device's context: needs two
@@ -277,11 +277,11 @@ static void run_from(const probe_list *list, size_t first, int report) {
     if (!load() || (!list->probes[first].raw && !begin()))
         _exit(EXIT_NO_DRIVER);
     for (size_t i = first; i < list->n_probes; i++) {
-        bool raw = list->probes[i].raw;
-        if (raw && i > first)
+        bool alone = list->probes[i].alone;
+        if (alone && i > first)
             _exit(EXIT_LOST);
         bool usable = run(&list->probes[i]);
-        if (write(report, ".", 1) != 1 || raw || !usable)
+        if (write(report, ".", 1) != 1 || alone || !usable)
             _exit(EXIT_LOST);
     }
     _exit(EXIT_DONE);

@@ -242,8 +242,8 @@ static const probe probes[] = {
     PROBE(remap_has_no_access),
     PROBE(memory_lives_as_long_as_handle_or_mapping),
     PROBE(memory_lives_until_the_release),
-    PROBE(map_after_the_release),
-    PROBE(map_again_after_the_release_while_mapped),
-    PROBE(release_twice_while_mapped),
+    ALONE(map_after_the_release),
+    ALONE(map_again_after_the_release_while_mapped),
+    ALONE(release_twice_while_mapped),
 };
 const probe_list map_probes = {"mapping", probes, LENGTH_OF(probes)};

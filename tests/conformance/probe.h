@@ -148,10 +148,12 @@ void elsewhere(void (*function)(void *), void *argument);
 typedef struct probe {
     const char *name;
     void (*run)(void);
-    bool raw; /* in a process of its own in which nothing was called before, not even cuInit */
+    bool raw;   /* nothing was called before, not even cuInit */
+    bool alone; /* in a process of its own: what it does may show later */
 } probe;
-#define PROBE(function) {#function, function, false}
-#define RAW_PROBE(function) {#function, function, true}
+#define PROBE(function) {#function, function, false, false}
+#define ALONE(function) {#function, function, false, true}
+#define RAW(function) {#function, function, true, true}
 
 typedef struct probe_list {
     const char *name;

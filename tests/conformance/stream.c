@@ -1,6 +1,8 @@
 /* stream.c - streams, events, and the fence over a whole context. */
 #include "probe.h"
 
+#include <unistd.h>
+
 #define NON_BLOCKING CU_STREAM_NON_BLOCKING
 
 /* ---- streams ---------------------------------------------------------------------------- */
@@ -79,8 +81,10 @@ static void say_order(const char *word, CUstream first, CUstream second) {
     hold(first);
     MUST(cuEventRecord, event, second);
     CUresult code = cuda.cuEventQuery(event);
-    for (int i = 0; i < 200 && !code; i++) /* an event on an idle stream passes at once */
+    for (int i = 0; i < 50 && code == CUDA_ERROR_NOT_READY; i++) {
+        usleep(1000); /* an event behind nothing passes soon */
         code = cuda.cuEventQuery(event);
+    }
     go();
     MUST(cuCtxSynchronize);
     say("%s %s", word, code == CUDA_ERROR_NOT_READY ? "waits" : code_name(code));

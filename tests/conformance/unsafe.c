@@ -210,7 +210,7 @@ static void ask(CUresult (*call)(setting *)) {
 CALLS(CALL_PROBE)
 
 static const probe probes[] = {
-#define CALL_ENTRY(name) {"in a capture, " #name, probe_##name, false},
+#define CALL_ENTRY(name) {"in a capture, " #name, probe_##name, false, false},
     CALLS(CALL_ENTRY)
 #undef CALL_ENTRY
 };

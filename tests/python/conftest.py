@@ -61,6 +61,16 @@ def cuda():
     return "cuda:0"
 
 
+@pytest.fixture
+def full_device(cuda):
+    """For tests that take all memory of the device, which they give back."""
+    if not SIMULATED and os.environ.get("PYVMM_TEST_EXHAUST") != "1":
+        pytest.skip("takes all memory of the GPU: PYVMM_TEST_EXHAUST=1 allows it")
+    gc.collect()
+    pyvmm.default_pool(cuda).trim(wait=True)
+    return cuda
+
+
 def pytest_collection_modifyitems(items):
     """A test of CUDA that takes its tensors from fixtures for every device has no case of the
     host; where there is no other, it stays, to say that it was skipped."""

@@ -62,6 +62,14 @@ def synchronize():
         call("cuCtxSynchronize")
 
 
+def free_bytes():
+    """Device memory that nobody holds, of this process or another."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    with context():
+        call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    return free.value
+
+
 class Stream:
     """A stream; `int(stream)` is its handle. Lives until close()."""
 
@@ -146,8 +154,9 @@ class DeviceArray:
     def __init__(self, array):
         self.shape, self.strides, self.dtype = array.shape, array.strides, array.dtype
         self._memory = ctypes.c_void_p()
+        self.n_bytes = max(array.nbytes, 1)
         with context():
-            call("cuMemAlloc_v2", ctypes.byref(self._memory), ctypes.c_size_t(max(array.nbytes, 1)))
+            call("cuMemAlloc_v2", ctypes.byref(self._memory), ctypes.c_size_t(self.n_bytes))
         self.pointer = self._memory.value
         self.set(array)
 

@@ -297,6 +297,14 @@ def test_parameters_of_what_is_taken_in(device, make, pool):
             pyvmm.concat(cache, cache, 1, **wrong)
 
 
+def test_the_layout_of_what_has_many_lanes(device, make, stats):
+    for n, layout in ((256, None if device == "host" else "seq"), (257, "seq")):
+        cache, expected = make((n, 2, 4))
+        result = pyvmm.concat(cache, cache, 1)
+        same(result, np.concatenate((expected, expected), 1))
+        assert (result.strides == (16, n * 16, 4)) == (layout == "seq")
+
+
 def test_forks_stay_in_their_pool(make, pool):
     cache, _ = make((5, 64))
     grown = pyvmm.concat(cache, cache, pool=pool, layout="seq")

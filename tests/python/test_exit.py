@@ -128,6 +128,54 @@ def test_exit_is_silent_on_the_host(ending, host):
     run_python(f"DEVICE = {host!r}\n{PREPARE}\n{HOST_ENDINGS[ending]}")
 
 
+@pytest.mark.parametrize("version", [None, (1, 0)])
+def test_deleter_after_the_interpreter_has_gone(version, device):
+    """A consumer whose tensor dies with the process: no GIL, no Python."""
+    run_python(
+        f"DEVICE = {device!r}\n{PREPARE}\nVERSION = {version}"
+        """
+import ctypes
+from dlpack_struct import Consumer
+libc = ctypes.CDLL(None)
+for exporter in (t, t[:3], t.reserved()):
+    managed = Consumer(exporter.__dlpack__(max_version=VERSION)).managed
+    deleter = ctypes.cast(managed.deleter, ctypes.c_void_p)
+    # The C library's own atexit(), with an argument; it runs after Py_Finalize().
+    assert libc.__cxa_atexit(deleter, ctypes.c_void_p(ctypes.addressof(managed)), None) == 0
+del t, exporter
+"""
+    )
+
+
+def test_subinterpreter_is_refused(device):
+    """It says so, and the main interpreter's tensors go on."""
+    run_python(
+        f"DEVICE = {device!r}\n{PREPARE}"
+        """
+try:
+    import _xxsubinterpreters as interpreters
+    run, arguments = interpreters.run_string, ()
+except ImportError:  # 3.13 and newer
+    import _interpreters as interpreters
+    run, arguments = interpreters.run_string, ("legacy",)
+program = (
+    "try:\\n"
+    "    import pyvmm\\n"
+    "except ImportError as error:\\n"
+    "    assert 'interpreter' in str(error), error\\n"
+    "else:\\n"
+    "    raise AssertionError('not refused')\\n"
+)
+sub = interpreters.create(*arguments)
+error = run(sub, program)  # raises before 3.13
+assert error is None, error
+interpreters.destroy(sub)
+t.append(np.ones((1, 4), "float32"))
+assert t.length == 6
+"""
+    )
+
+
 def test_uncaught_exception_is_all_that_is_said(device):
     code = f"DEVICE = {device!r}\n{PREPARE}\nt.grow(1001)"
     result = run_python(code, check=False)
@@ -153,6 +201,76 @@ t.close()
 pyvmm.default_pool(DEVICE).trim(wait=True)
 """,
         VMM_SIM_CHECK_EXIT="1",
+    )
+
+
+# ---- many times -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reuse", [True, False], ids=["one pool", "a pool each"])
+def test_nothing_gathers_over_10000_cycles(reuse, device):
+    """Open, grow, export, close: memory, mappings, files and what the simulated driver has
+    alive are what they were after the first few."""
+    run_python(
+        f"DEVICE, REUSE = {device!r}, {reuse}\n{PREPARE}"
+        """
+import contextlib, ctypes, os
+import cuda_helper
+t.close()
+x = np.ones((3, 4), "float32")
+
+def cycle(pool):
+    u = make(pool=pool)
+    u.append(x)
+    u.grow(2)
+    capsule = u.__dlpack__()
+    try:
+        u.close()
+        raise AssertionError("not refused")
+    except BufferError:
+        pass
+    del capsule
+    u.close()
+
+def alive():
+    gc.collect()
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    counts = {
+        "rss_kb": int(status["VmRSS"].split()[0]),
+        "maps": sum(1 for _ in open("/proc/self/maps")),
+        "files": len(os.listdir("/proc/self/fd")),
+    }
+    if DEVICE != "host" and os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+        cuda_helper.synchronize()
+        live = [ctypes.c_longlong() for _ in range(8)]
+        simulator = cuda_helper.load()
+        simulator.vmm_sim_live(*map(ctypes.byref, live[:4]))
+        simulator.vmm_sim_live_objects(*map(ctypes.byref, live[4:]))
+        counts["simulated"] = [n.value for n in live]
+    return counts
+
+def cycles(n):
+    if REUSE:
+        with pyvmm.Pool(DEVICE) as pool:
+            for _ in range(n):
+                cycle(pool)
+            assert pool.stats()["in_use_bytes"] == 0
+            pool.close()
+    else:
+        for _ in range(n):
+            with pyvmm.Pool(DEVICE) as pool:
+                cycle(pool)
+
+cycles(500)
+before = alive()
+cycles(9500)
+after = alive()
+assert after.pop("rss_kb") - before.pop("rss_kb") < 4096, (before, after)
+assert abs(after.pop("maps") - before.pop("maps")) < 20, (before, after)
+assert after == before, (before, after)
+""",
+        VMM_SIM_GRANULARITY="65536",
+        VMM_SIM_DELAY_US="0",
     )
 
 
@@ -208,6 +326,45 @@ def test_weak_references(empty):
 # ---- signals ------------------------------------------------------------------------
 
 
+def signalled(code, number):
+    """The exit status and stderr of a program that gets a signal once it has said "ready"."""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        process.stdin.close()
+        return process.wait(60), process.stderr.read()
+
+
+def test_interrupt_is_raised_once(device):
+    """SIGINT from outside in a long loop of appends: one KeyboardInterrupt, whole rows."""
+    code = f"""DEVICE = {device!r}\n{PREPARE}
+u = make()
+x = np.ones((7, 4), "float32")
+n_interrupts = 0
+for attempt in range(2):
+    try:
+        if attempt == 0:
+            print("ready", flush=True)
+        while not n_interrupts:
+            if u.length + 7 > u.capacity:
+                u.truncate(0)
+                u.trim()
+            u.append(x)
+    except KeyboardInterrupt:
+        n_interrupts += 1
+assert n_interrupts == 1 and u.length % 7 == 0
+u.append(x)
+u.close()
+"""
+    assert signalled(code, signal.SIGINT) == (0, "")
+
+
 def test_interrupt_between_appends(device):
     """Ctrl-C in a loop of appends: KeyboardInterrupt, and whole rows."""
     run_python(
@@ -241,18 +398,7 @@ u.close()
 def test_termination_is_by_the_signal(device):
     """SIGTERM ends the process as it ends any other."""
     code = f"DEVICE = {device!r}\n{PREPARE}\nprint('ready', flush=True)\nsys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
-        process.stdin.close()
-        assert process.wait(60) == -signal.SIGTERM
-        assert process.stderr.read() == ""
+    assert signalled(code, signal.SIGTERM) == (-signal.SIGTERM, "")
 
 
 def test_signal_handlers_are_left_alone(device, empty):

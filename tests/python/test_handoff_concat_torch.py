@@ -228,6 +228,26 @@ def test_transforms_and_modes_of_torch(stats):
     assert stats() == {"taken_in": 1, "fell_back": pyvmm.concat_stats()["fell_back"]}
 
 
+def test_a_mode_of_functions_sees_the_concatenate(stats):
+    from torch.overrides import TorchFunctionMode
+
+    class Seen(TorchFunctionMode):
+        functions: list = []
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.functions.append(function)
+            return function(*args, **(kwargs or {}))
+
+    a = torch.randn(2, 3)
+    cache = pyvmm.torch.cat((a, a))
+    with Seen() as seen:
+        same(pyvmm.torch.cat((cache, a)), CAT((cache, a)))
+    assert CAT in seen.functions
+    with torch.device("cpu"):  # a mode, too, and none that looks
+        same(pyvmm.torch.cat((cache, a)), CAT((cache, a)))
+    assert stats() == {"taken_in": 1, "fell_back": 1, "appended": 1}
+
+
 def test_gradients_flow_through_what_is_left_to_torch():
     a = torch.randn(2, 3, requires_grad=True)
     cache = pyvmm.torch.cat((torch.ones(2, 3), torch.ones(2, 3)))

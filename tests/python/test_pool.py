@@ -1,6 +1,7 @@
 """Pools: the books, the budget, what is recycled and when it goes back, threads."""
 
 import gc
+import signal
 import sys
 import threading
 import weakref
@@ -293,6 +294,62 @@ def test_callback_that_raises(make_pool, blocks, block, monkeypatch):
     t.close()
 
 
+@pytest.mark.parametrize("use", ["grow", "map", "append", "append_many", "fork"])
+@pytest.mark.parametrize("helps", [False, True])
+def test_interrupt_in_a_callback_is_raised_once(make_pool, blocks, block, use, helps):
+    """Ctrl-C while a callback runs: by the call that needs the memory, and no other."""
+    pool = make_pool(max_bytes=2 * block)
+    t, spare = blocks(1, pool=pool), blocks(1, pool=pool)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(n_bytes):
+        if spare.closed:
+            return False
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("was not interrupted")
+
+    pool.on_oom(interrupted)
+    if helps:  # so that the call succeeds, and is interrupted all the same
+        pool.on_oom(lambda n_bytes: spare.close() or True)
+    n, length = block // 16, t.length
+    x = pattern((n, 4), "float32")
+    uses = {
+        "grow": lambda: t.grow(n),
+        "map": lambda: t.map(length + n),
+        "append": lambda: t.append(x),
+        "append_many": lambda: pyvmm.append_many([t], [x]),
+        "fork": lambda: t.fork(),
+    }
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            uses[use]()
+        grown = n if helps and use in ("grow", "append", "append_many") else 0
+        assert t.length == length + grown
+        if grown and use != "grow":
+            assert same(to_numpy(t[length:]), x)
+        gc.collect()  # the fork that nobody has been given
+        t.trim()
+        spare.close()
+        assert pool.stats()["in_use_bytes"] == t.stats()["mapped_bytes"]
+        t.truncate(0)
+        t.append(x)  # and no interrupt any more
+        assert same(to_numpy(t), x)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        spare.close()
+        t.close()
+
+
+def test_exit_in_a_callback_is_raised(make_pool, blocks, block):
+    pool = make_pool(max_bytes=block)
+    t = blocks(1, pool=pool)
+    pool.on_oom(lambda n_bytes: sys.exit(3))
+    with pytest.raises(SystemExit):
+        t.grow(1)
+    t.close()
+
+
 def test_pool_does_not_keep_itself_alive_by_its_callback(device):
     class Owner:
         def __init__(self):
@@ -483,6 +540,37 @@ def test_eight_threads_on_one_pool(make_pool, empty, block):
         thread.join()
     assert not failures, failures[0]
     assert pool.stats()["in_use_bytes"] == 0
+
+
+@pytest.mark.parametrize("n_pools", [1, 2])
+def test_two_threads_with_tensors_each(make_pool, empty, n_pools):
+    """On one pool or one each; exports of one thread's tensor are dropped by the other."""
+    pools = [make_pool() for _ in range(n_pools)]
+    exports, failures = [[], []], []
+
+    def work(me):
+        try:
+            model = Model((0, 4), "float32", 0, 100_000)
+            with empty(capacity=100_000, pool=pools[me % n_pools]) as t:
+                for step in range(150):
+                    x = pattern((step * 7 % 300, 4), "float32", 1000 * me + step)
+                    t.append(x)
+                    model.append(x)
+                    exports[1 - me].append(t[: t.length // 2].__dlpack__())
+                    if exports[me]:
+                        exports[me].pop()
+                assert same(to_numpy(t), model.array)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(me,)) for me in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+    exports.clear()
+    assert all(pool.stats()["in_use_bytes"] == 0 for pool in pools)
 
 
 def test_threads_that_drop_exports(empty):

@@ -25,8 +25,8 @@ static void use(vmm_device *device) {
 /* What a failure may be called depends on how far the driver has come. */
 static void check_error(const fault *fault, const char *call, vmm_status status) {
     const vmm_error *error = vmm_last_error();
-    bool is_lookup = strcmp(call, "cuGetProcAddress") == 0 ||
-                     strcmp(call, "cuDriverGetVersion") == 0;
+    bool is_lookup =
+        strcmp(call, "cuGetProcAddress") == 0 || strcmp(call, "cuDriverGetVersion") == 0;
     CHECK(error->status == status && error->message[0]);
     if (fault->kind != FAULT_DRIVER)
         CHECK(status == VMM_ERR_OUT_OF_MEMORY && strstr(error->message, "no host memory"));

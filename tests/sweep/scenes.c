@@ -1,6 +1,8 @@
 /* scenes.c - the operations of vmm.h that can fail, each with what it finds. */
 #include "sweep.h"
 
+#include <errno.h>
+
 #define FIRST (&w->models[0])
 #define SECOND (&w->models[1])
 
@@ -48,6 +50,8 @@ static vmm_status run_query(world *w) {
 static void check_query(world *w) {
     CHECK_SIZE(w->info.granularity_bytes, 4096);
     CHECK(w->info.total_bytes >= w->info.free_bytes && w->info.free_bytes > 0);
+    CHECK_OK(vmm_device_query(w->f.device, &w->info)); /* gives back what this one could not */
+    CHECK(w->info.reservable_bytes >= 1 * GIB);
 }
 
 static vmm_status run_pool_create(world *w) {
@@ -149,6 +153,15 @@ static void long_tensor(world *w) {
     vmm_spec spec = world_spec(w);
     model *m = world_tensor(w, &spec, 4 * FIRST_ROWS);
     world_provide(w, m, &spec, 2 * MORE_ROWS);
+}
+
+/* Blocks that the kernel neither took back nor opened again: growing over them must open them. */
+static void blocks_without_access(world *w) {
+    one_tensor(w);
+    CHECK_OK(vmm_map(FIRST->tensor, FIRST_ROWS + MORE_ROWS));
+    faults_arm(FAULT_SYSTEM, 2, ENOMEM, -1); /* behind the first call, which closes them */
+    CHECK_OK(vmm_trim(FIRST->tensor));
+    faults_disarm();
 }
 
 /* A budget of which a closed tensor's memory is a part: it comes back behind a fence. */
@@ -429,6 +442,8 @@ const scene scenes[] = {
     {"grow, the first rows", ONE_BLOCKS, first_rows, run_grow, check_grow, 0},
     {"grow, large blocks", ONE_LAYOUT, long_tensor, run_grow, check_grow, 0},
     {"grow, zero", SUBMITS, zero_tensor, run_grow, check_zero, 0},
+    {"grow, blocks without access", HOST_ONLY | ONE_BLOCKS | SUBMITS, blocks_without_access, run_grow,
+     check_grow, 0},
     {"grow, queued memory in the budget", CUDA_ONLY | ONE_BLOCKS | FENCES, queued_memory, run_grow,
      check_grow, 8},
     {"grow, queued memory in use", CUDA_ONLY | ONE_BLOCKS | FENCES | BUSY, queued_memory, run_grow,

@@ -7,6 +7,8 @@
 #include "sweep.h"
 
 #include <errno.h>
+#include <signal.h>
+#include <unistd.h>
 
 #define CUDA_OUT_OF_MEMORY 2
 #define CUDA_NOT_READY 600
@@ -94,6 +96,13 @@ static void say_where(void) {
            current_call ? current_call : "not yet", f->code, f->times);
 }
 
+static void on_signal(int number) {
+    printf("signal %d: memory that should be accessible is not\n", number);
+    say_where();
+    fflush(stdout);
+    _exit(1);
+}
+
 /* Nothing but the operation's own undoing has come between, so the driver has what it had. */
 static bool is_exact(const scene *scene, const config *config, const fault *fault,
                      const char *call) {
@@ -165,8 +174,10 @@ static void report(const char *operation, const config *c, int flags, fault_kind
            operation, c->device, c->is_cuda ? version : "0",
            flags & ONE_LAYOUT ? "-" : layout_names[c->layout],
            flags & ONE_BLOCKS ? "-" : block_names[c->blocks],
-           flags & ONE_SIZE ? "-" : c->is_fixed ? "fixed" : "auto", kind_names[kind], t->calls,
-           t->points, t->refused, t->absorbed, t->parked);
+           flags & ONE_SIZE ? "-"
+           : c->is_fixed    ? "fixed"
+                            : "auto",
+           kind_names[kind], t->calls, t->points, t->refused, t->absorbed, t->parked);
 }
 
 static bool try_fault(const scene *scene, const config *config, const fault *fault, tally *tally) {
@@ -176,17 +187,23 @@ static bool try_fault(const scene *scene, const config *config, const fault *fau
 
 /* `scene` NULL is opening the device. */
 static void sweep(const scene *scene, const config *config, fault_kind kind) {
-    static const int codes[FAULT_KINDS][3] = {{CUDA_UNKNOWN, CUDA_OUT_OF_MEMORY},
-                                              {ENOMEM, EACCES},
-                                              {ENOMEM}};
+    /* A code that says that memory is short, and one that does not. */
+    static const int codes[FAULT_KINDS][2] = {
+        {CUDA_OUT_OF_MEMORY, CUDA_UNKNOWN}, {ENOMEM, EACCES}, {ENOMEM}};
     /* More than one in a row: the undoing fails, too. */
-    static const int times[] = {1, 2, 3, -1};
+    static const struct {
+        int times;
+        bool one_code;
+    } runs[] = {{1, false}, {2, true}, {3, true}, {-1, false}};
     tally tally = {0};
     current_scene = scene;
     current_config = config;
-    for (size_t t = 0; t < LENGTH_OF(times); t++)
-        for (size_t c = 0; c < 3 && codes[kind][c]; c++) {
-            fault fault = {kind, "*", 1, codes[kind][c], times[t]};
+    for (size_t r = 0; r < LENGTH_OF(runs); r++)
+        for (int c = runs[r].one_code; c < 2; c++) {
+            int code = codes[kind][c] ? codes[kind][c] : codes[kind][0];
+            fault fault = {kind, "*", 1, code, runs[r].times};
+            if (c == 1 && !runs[r].one_code && !codes[kind][1])
+                continue;
             while (try_fault(scene, config, &fault, &tally))
                 fault.nth++;
             tally.calls = fault.nth - 1;
@@ -196,12 +213,13 @@ static void sweep(const scene *scene, const config *config, fault_kind kind) {
         fault fault = {kind, "cuMemSetAccess", 1, CUDA_NOT_READY, n};
         try_fault(scene, config, &fault, &tally);
     }
-    report(scene ? scene->name : "device_open", config, scene ? scene->flags : ~0, kind, &tally);
+    report(scene ? scene->name : "device_open", config,
+           scene ? scene->flags : ONE_LAYOUT | ONE_BLOCKS | ONE_SIZE, kind, &tally);
 }
 
 static void sweep_scene(const scene *scene, config config, fault_kind kind) {
-    int flags = scene ? scene->flags : ~CUDA_ONLY;
-    if (flags & CUDA_ONLY && !config.is_cuda)
+    int flags = scene ? scene->flags : ONE_LAYOUT | ONE_BLOCKS | ONE_SIZE;
+    if (flags & (config.is_cuda ? HOST_ONLY : CUDA_ONLY))
         return;
     for (int layout = 0; layout < (flags & ONE_LAYOUT ? 1 : 3); layout++)
         for (int blocks = 0; blocks < (flags & ONE_BLOCKS ? 1 : BLOCK_KINDS); blocks++)
@@ -230,6 +248,8 @@ int main(int argc, char **argv) {
     setenv("VMM_SIM_DRIVER_VERSION", "13000", 0);
     bool is_old = atoi(getenv("VMM_SIM_DRIVER_VERSION")) < 12050;
     atexit(say_where);
+    signal(SIGSEGV, on_signal);
+    signal(SIGBUS, on_signal);
     faults_begin();
     if (config.is_cuda && !dlsym(cuda_library(), "vmm_sim_version"))
         SKIP("a real driver cannot be made to fail: the simulated one can");

@@ -63,8 +63,8 @@ typedef struct world {
     vmm_device_info info;
     int done;
 
-    long lost_events;        /* that the driver has refused to destroy, and keeps */
-    bool has_abandoned_pool; /* whose books cannot be seen any more */
+    long lost_events;               /* that the driver has refused to destroy, and keeps */
+    bool has_abandoned_pool;        /* whose books cannot be seen any more */
     unsigned long long other_bytes; /* of the device, that are not the pools' */
     struct snapshot *at_start;
 } world;
@@ -82,12 +82,13 @@ typedef struct scene {
 /* scene.flags: what makes no difference is swept once, */
 enum {
     CUDA_ONLY = 1,
+    HOST_ONLY = 512,
     ONE_LAYOUT = 2, /* seq */
     ONE_BLOCKS = 4, /* fresh */
     ONE_SIZE = 8,   /* auto */
     FENCES = 16,    /* with older drivers, too */
     /* and what a failed call may do. */
-    SUBMITS = 32,          /* it may have submitted work, and then queues memory */
+    SUBMITS = 32,          /* it may have queued memory, or taken back what was queued */
     CLOSES = 64,           /* its callback may have closed a tensor */
     TAKES_ADDRESSES = 128, /* running out of them is VMM_ERR_DRIVER: no memory would help */
     BUSY = 256,            /* the device answers the first query that it is not ready */
