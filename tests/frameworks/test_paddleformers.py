@@ -14,61 +14,14 @@ from paddleformers.transformers.cache_utils import Cache, DynamicCache, DynamicL
 import pyvmm
 import pyvmm.paddle as vmm_paddle
 import pyvmm.paddleformers
+from conftest import N_LAYERS, build, generate, in_use
 from pyvmm.paddleformers import VMMLayer
-
-N_NEW = 32
-N_LAYERS = 2
 
 
 @pytest.fixture(scope="module")
 def model():
-    paddle.set_device("cpu")
-    paddle.seed(3)
-    made = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=N_LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.5,  # so that it does not repeat one token
-            fuse_rms_norm=False,  # has no kernel for the CPU
-        )
-    )
-    made.eval()
-    return made
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left():
-    pyvmm.concat_stats(reset=True)
-    gc.collect()
-    before = in_use()
-    yield
-    gc.collect()
-    assert in_use() == before
-
-
-def in_use():
-    return pyvmm.default_pool("host").stats()["in_use_bytes"]
-
-
-def generate(model, batch, cache=None, **options):
-    ids = paddle.to_tensor(np.random.default_rng(batch).integers(3, 128, (batch, 9)))
-    with paddle.no_grad():
-        tokens, _ = model.generate(
-            ids,
-            attention_mask=paddle.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=N_NEW,
-            use_cache=True,
-            eos_token_id=1,
-            pad_token_id=0,
-            **{"decode_strategy": "greedy_search", **options},
-        )
-    return tokens.numpy()
+    # The fused norm has no kernel for the CPU.
+    return build(LlamaForCausalLM, LlamaConfig, fuse_rms_norm=False)
 
 
 def layers_alone():
@@ -86,7 +39,7 @@ def test_tokens(model, batch, make):
     assert len(np.unique(expected)) > 5
     pyvmm.concat_stats(reset=True)
     cache = make()
-    np.testing.assert_array_equal(generate(model, batch, cache), expected)
+    np.testing.assert_array_equal(generate(model, batch, past_key_values=cache), expected)
     stats = pyvmm.concat_stats()
     assert stats["taken_in"] == 2 * N_LAYERS and stats["fell_back"] == 0
     assert stats["appended"] + stats["moved"] == 2 * N_LAYERS * (expected.shape[1] - 1)
@@ -97,9 +50,11 @@ def test_tokens(model, batch, make):
 def test_sampling(model, batch):
     options = {"decode_strategy": "sampling", "top_k": 5, "temperature": 1.5}
     paddle.seed(11)
-    expected = generate(model, batch, DynamicCache(), **options)
+    expected = generate(model, batch, past_key_values=DynamicCache(), **options)
     paddle.seed(11)
-    np.testing.assert_array_equal(generate(model, batch, layers_alone(), **options), expected)
+    np.testing.assert_array_equal(
+        generate(model, batch, past_key_values=layers_alone(), **options), expected
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -177,7 +132,7 @@ def test_memory_goes_without_the_collector(model):
     gc.disable()
     try:
         cache = pyvmm.paddleformers.cache()
-        generate(model, 2, cache)
+        generate(model, 2, past_key_values=cache)
         assert in_use() > before
         del cache
         assert in_use() == before

@@ -1,8 +1,6 @@
 """PaddleNLP's models, unchanged, on caches that grow in place: the tokens are those of PaddleNLP.
 `make test-paddlenlp` runs this in an environment of its own."""
 
-import gc
-
 import numpy as np
 import paddle
 import pytest
@@ -16,72 +14,20 @@ from paddlenlp.transformers import (
 import pyvmm
 import pyvmm.paddle as vmm_paddle
 import pyvmm.paddlenlp
+from conftest import N_LAYERS, build, generate, prompt
 from pyvmm import paddle_op
 
-N_NEW = 32
-N_LAYERS = 2
-KINDS = {"Llama": (LlamaConfig, LlamaForCausalLM), "Qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+KINDS = {"Llama": (LlamaForCausalLM, LlamaConfig), "Qwen2": (Qwen2ForCausalLM, Qwen2Config)}
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def model(request):
-    config, kind = KINDS[request.param]
-    return build(config, kind)
+    return build(*KINDS[request.param], use_flash_attention=False)
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return build(*KINDS["Llama"])
-
-
-def build(config, kind):
-    paddle.set_device("cpu")
-    paddle.seed(3)
-    made = kind(
-        config(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=N_LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.5,  # so that it does not repeat one token
-            use_flash_attention=False,
-        )
-    )
-    made.eval()
-    return made
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left():
-    pyvmm.concat_stats(reset=True)
-    gc.collect()
-    before = pyvmm.default_pool("host").stats()["in_use_bytes"]
-    yield
-    gc.collect()
-    assert pyvmm.default_pool("host").stats()["in_use_bytes"] == before
-
-
-def prompt(batch, n=9):
-    ids = np.random.default_rng(batch).integers(3, 128, (batch, n))
-    return paddle.to_tensor(ids)
-
-
-def generate(model, batch, **options):
-    ids = prompt(batch)
-    with paddle.no_grad():
-        tokens, _ = model.generate(
-            ids,
-            attention_mask=paddle.ones_like(ids),
-            max_new_tokens=N_NEW,
-            use_cache=True,
-            eos_token_id=1,
-            pad_token_id=0,
-            **{"decode_strategy": "greedy_search", **options},
-        )
-    return tokens.numpy()
+    return build(*KINDS["Llama"], use_flash_attention=False)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
