@@ -316,6 +316,51 @@ def test_a_program_gets_paddles_own_where_no_append_can_be(counts):
     assert pyvmm.concat_stats()["reasons"] == {"static program": 1}
 
 
+class Loop(paddle.nn.Layer):
+    def forward(self, cache, new, n):
+        return in_a_loop(cache, new, n)
+
+
+def test_a_saved_program_in_another_process(tmp_path):
+    """Loaded by paddle.jit.load, and by an inference predictor."""
+    spec = paddle.static.InputSpec
+    specs = [spec([-1, 4, 8], "float32"), spec([1, 4, 8], "float32"), spec([1], "int64")]
+    paddle.jit.save(
+        paddle.jit.to_static(Loop(), input_spec=specs, full_graph=True), str(tmp_path / "loop")
+    )
+    said = run_python(
+        f"""
+        import warnings
+        warnings.simplefilter("ignore")
+        import numpy, paddle, paddle.inference
+        from pyvmm import paddle_op
+        paddle.set_device("cpu")
+        paddle_op.load()
+        x = numpy.random.default_rng(1).random((3, 4, 8), "float32")
+        expected = numpy.concatenate([x] + [x[:1] + i for i in range(5)])
+        program = paddle.jit.load({str(tmp_path / "loop")!r})
+        with paddle.no_grad():
+            out = program(paddle.to_tensor(x), paddle.to_tensor(x[:1]), paddle.to_tensor([5]))
+        print("jit", numpy.array_equal(out.numpy(), expected))
+        options = paddle.inference.Config({str(tmp_path / "loop.json")!r}, "")
+        options.disable_gpu()
+        options.disable_glog_info()
+        predictor = paddle.inference.create_predictor(options)
+        for name, value in zip(predictor.get_input_names(), (x, x[:1], numpy.array([5]))):
+            handle = predictor.get_input_handle(name)
+            handle.reshape(value.shape)
+            handle.copy_from_cpu(value)
+        predictor.run()
+        out = predictor.get_output_handle(predictor.get_output_names()[0]).copy_to_cpu()
+        print("predictor", numpy.array_equal(out, expected))
+        print(paddle_op.stats())
+        """,
+        check=False,  # Paddle logs
+    )
+    assert "jit True" in said.stdout and "predictor True" in said.stdout, said.stderr
+    assert "{'appended': 8, 'forked': 0, 'moved': 0, 'taken_in': 2, 'left': 0}" in said.stdout
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_small_llama_in_to_static(counts, batch):
     """Decoding in one program, with a loop, against the same model that concatenates."""
