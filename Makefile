@@ -42,7 +42,8 @@ SWEEP := build/tests/sweep
 C_BENCHES := $(patsubst benchmarks/%.c,build/benchmarks/%,$(wildcard benchmarks/bench_*.c))
 SIM_SOURCES := $(wildcard tests/sim/*.c)
 SIM := $(if $(SIM_SOURCES),build/sim/libcuda.so.1)
-C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu tests/*/*.[ch] benchmarks/*.[ch] pyvmm/*/*.cc)
+C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu tests/*/*.[ch] benchmarks/*.[ch] \
+            benchmarks/*.cc pyvmm/*/*.cc)
 PYX_FILES = $(wildcard pyvmm/*.pyx pyvmm/*.pxd)
 
 VENV_PYTHON := $(VENV)/bin/python
