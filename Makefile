@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PREFIX ?= /usr/local
 LIBDIR ?= $(PREFIX)/lib
+# Where the library, the tests and the simulator are built: the checks below have folders of
+# their own. From the command line only, for setup.py relies on it.
+BUILD := build
 WITH ?=
 ARGS ?=
 
@@ -32,16 +35,16 @@ endif
 CFLAGS ?= -O2 -g
 WERROR ?= -Werror
 C_FLAGS = -std=c11 -Wall -Wextra $(WERROR) -fPIC -pthread -MMD -MP -Ilibvmm/include $(CFLAGS)
-LIB_FLAGS = $(C_FLAGS) -fvisibility=hidden
+LIB_FLAGS = $(C_FLAGS) -fvisibility=hidden $(LIB_CFLAGS)
 TEST_FLAGS = $(C_FLAGS) -Ilibvmm/src -Itests/c -Itests/sim
-LINK_VMM = -Lbuild -lvmm -Wl,-rpath,$(CURDIR)/build -pthread -ldl -lm
+LINK_VMM = -L$(BUILD) -lvmm -Wl,-rpath,$(CURDIR)/$(BUILD) -pthread -ldl -lm
 
-LIB_OBJECTS := $(patsubst libvmm/src/%.c,build/obj/%.o,$(wildcard libvmm/src/*.c))
-C_TESTS := $(patsubst tests/c/%.c,build/tests/c/%,$(wildcard tests/c/test_*.c))
-SWEEP := build/tests/sweep
-C_BENCHES := $(patsubst benchmarks/%.c,build/benchmarks/%,$(wildcard benchmarks/bench_*.c))
-SIM_SOURCES := $(wildcard tests/sim/*.c)
-SIM := $(if $(SIM_SOURCES),build/sim/libcuda.so.1)
+LIB_OBJECTS := $(patsubst libvmm/src/%.c,$(BUILD)/obj/%.o,$(wildcard libvmm/src/*.c))
+C_TESTS := $(patsubst tests/c/%.c,$(BUILD)/tests/c/%,$(wildcard tests/c/test_*.c))
+SWEEP := $(BUILD)/tests/sweep
+C_BENCHES := $(patsubst benchmarks/%.c,$(BUILD)/benchmarks/%,$(wildcard benchmarks/bench_*.c))
+SIM_SOURCES := $(filter-out %/entry.c %/hip_entry.c,$(wildcard tests/sim/*.c))
+SIM := $(if $(SIM_SOURCES),$(BUILD)/sim/libcuda.so.1 $(BUILD)/sim/libamdhip64.so)
 C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu tests/*/*.[ch] benchmarks/*.[ch] \
             benchmarks/*.cc pyvmm/*/*.cc)
 PYX_FILES = $(wildcard pyvmm/*.pyx pyvmm/*.pxd)
@@ -59,7 +62,7 @@ endif
         inplace lint format ptx dist bench-c reliability clean check-cc check-cxx check-python \
         check-venv FORCE
 
-all: build/libvmm.so
+all: $(BUILD)/libvmm.so
 
 help:
 	@echo 'make              build/libvmm.so'
@@ -68,10 +71,14 @@ help:
 	@echo 'make demo-llm     the same for a real model (downloads a few hundred MB)'
 	@echo 'make test         all C and Python tests that this machine can run;'
 	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
-	@echo 'make test-frameworks  whole models: transformers with concat inside'
 	@echo 'make soak         100 000 random operations with failing driver calls, half an hour'
+	@echo 'make test-frameworks  whole models, in every way of generating'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
+	@echo 'make check-san    the C tests under ASan, LSan and UBSan, then under TSan'
+	@echo 'make check-valgrind  the C tests under valgrind'
+	@echo 'make coverage     lines and branches of libvmm that the C tests reach; fails below the aim'
+	@echo 'make fuzz         random calls of vmm.h (needs clang); FUZZ_SECONDS=$(FUZZ_SECONDS)'
 	@echo 'make reliability  what docs/RELIABILITY.md shows of the sweeps, anew'
 	@echo 'make lint         clang-format, ruff, cython-lint, mypy, warnings; make format mends'
 	@echo 'make dist         dist/: an sdist, and a wheel that needs no compiler'
@@ -104,11 +111,11 @@ check-venv: check-python check-cxx
 # ---- the library ------------------------------------------------------------------
 # The embedded kernels. nvcc sees append.cu and nothing else; without nvcc the image is an
 # empty file. Native code for each architecture that this nvcc knows, and PTX for the rest.
-build/nvcc: FORCE
-	@mkdir -p build; echo '$(NVCC)' | cmp -s - $@ || echo '$(NVCC)' > $@
+$(BUILD)/nvcc: FORCE
+	@mkdir -p $(BUILD); echo '$(NVCC)' | cmp -s - $@ || echo '$(NVCC)' > $@
 
 ARCHS := 80 90 100 120
-build/append.fatbin: libvmm/src/append.cu libvmm/src/append.h build/nvcc
+$(BUILD)/append.fatbin: libvmm/src/append.cu libvmm/src/append.h $(BUILD)/nvcc
 	@if [ -z '$(NVCC)' ]; then \
 	  echo 'no nvcc: the library carries the checked-in PTX alone, which the driver compiles'; \
 	  : > $@; \
@@ -126,10 +133,10 @@ build/append.fatbin: libvmm/src/append.cu libvmm/src/append.h build/nvcc
 	fi
 
 # The same for AMD GPUs: one file with a code object for each of HIP_ARCHS.
-build/hipcc: FORCE
-	@mkdir -p build; echo '$(HIPCC) $(HIP_ARCHS)' | cmp -s - $@ || echo '$(HIPCC) $(HIP_ARCHS)' > $@
+$(BUILD)/hipcc: FORCE
+	@mkdir -p $(BUILD); echo '$(HIPCC) $(HIP_ARCHS)' | cmp -s - $@ || echo '$(HIPCC) $(HIP_ARCHS)' > $@
 
-build/append.hipfb: libvmm/src/append.cu libvmm/src/append.h libvmm/src/append_hip.h build/hipcc
+$(BUILD)/append.hipfb: libvmm/src/append.cu libvmm/src/append.h libvmm/src/append_hip.h $(BUILD)/hipcc
 	@if [ -z '$(HIPCC)' ]; then \
 	  echo 'no HIP compiler (hipcc, or clang 17 and lld): the library has no kernels for AMD GPUs'; \
 	  : > $@; \
@@ -143,34 +150,34 @@ build/append.hipfb: libvmm/src/append.cu libvmm/src/append.h libvmm/src/append_h
 # PTX version that has that architecture, so that CUDA 12 drivers and older take it. That
 # lowering is sound because append.cu uses nothing newer; tests/python/test_ptx.py checks
 # that the file is what this makes, and that ptxas takes it.
-build/append.ptx: libvmm/src/append.cu libvmm/src/append.h build/nvcc
+$(BUILD)/append.ptx: libvmm/src/append.cu libvmm/src/append.h $(BUILD)/nvcc
 	@[ -n '$(NVCC)' ] || { echo 'nvcc not found' >&2; exit 1; }
 	'$(NVCC)' -ptx -arch=compute_75 -o $@.full $<
 	sed -e '/^\/\//d' -e '/^$$/d' -e 's/^\.version .*/.version 6.3/' $@.full > $@
 
-ptx: build/append.ptx
+ptx: $(BUILD)/append.ptx
 	cp $< libvmm/src/append.ptx
 
-build/obj/%.o: libvmm/src/%.c | check-cc
+$(BUILD)/obj/%.o: libvmm/src/%.c | check-cc
 	@mkdir -p $(@D)
 	$(CC) $(LIB_FLAGS) -c -o $@ $<
 
-build/obj/append_image.o: libvmm/src/append_image.S libvmm/src/append.ptx build/append.fatbin \
-    build/append.hipfb | check-cc
+$(BUILD)/obj/append_image.o: libvmm/src/append_image.S libvmm/src/append.ptx $(BUILD)/append.fatbin \
+    $(BUILD)/append.hipfb | check-cc
 	@mkdir -p $(@D)
-	$(CC) -DVMM_APPEND_FATBIN='"build/append.fatbin"' -DVMM_APPEND_HIPFB='"build/append.hipfb"' \
+	$(CC) -DVMM_APPEND_FATBIN='"$(BUILD)/append.fatbin"' -DVMM_APPEND_HIPFB='"$(BUILD)/append.hipfb"' \
 	  -DVMM_APPEND_PTX='"libvmm/src/append.ptx"' -c -o $@ $<
 
-build/libvmm.so: $(LIB_OBJECTS) build/obj/append_image.o libvmm/libvmm.map
+$(BUILD)/libvmm.so: $(LIB_OBJECTS) $(BUILD)/obj/append_image.o libvmm/libvmm.map
 	$(CC) $(LDFLAGS) -shared -pthread -o $@ $(filter %.o,$^) -Wl,-soname,libvmm.so.$(SOVERSION) \
 	  -Wl,--version-script=libvmm/libvmm.map -Wl,-z,defs,-z,now,-z,relro,-z,noexecstack \
 	  -Wl,--as-needed -ldl
-	ln -sf libvmm.so build/libvmm.so.$(SOVERSION)
+	ln -sf libvmm.so $(BUILD)/libvmm.so.$(SOVERSION)
 
-install: build/libvmm.so
+install: $(BUILD)/libvmm.so
 	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(LIBDIR)/pkgconfig
 	install -m 644 libvmm/include/vmm.h $(DESTDIR)$(PREFIX)/include/vmm.h
-	install -m 755 build/libvmm.so $(DESTDIR)$(LIBDIR)/libvmm.so.$(VERSION)
+	install -m 755 $(BUILD)/libvmm.so $(DESTDIR)$(LIBDIR)/libvmm.so.$(VERSION)
 	ln -sf libvmm.so.$(VERSION) $(DESTDIR)$(LIBDIR)/libvmm.so.$(SOVERSION)
 	ln -sf libvmm.so.$(SOVERSION) $(DESTDIR)$(LIBDIR)/libvmm.so
 	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@VERSION@|$(VERSION)|' \
@@ -220,25 +227,29 @@ inplace: check-python
 	$(PYTHON) setup.py -q build_ext --inplace
 
 # ---- tests ------------------------------------------------------------------------
-build/tests/c/%: tests/c/%.c build/libvmm.so
+$(BUILD)/tests/c/%: tests/c/%.c $(BUILD)/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
 
 # malloc and others are the program's own, for libvmm.so too: see tests/sweep/faults.h.
-$(SWEEP): $(wildcard tests/sweep/*.[ch]) tests/c/check.h build/libvmm.so
+$(SWEEP): $(wildcard tests/sweep/*.[ch]) tests/c/check.h $(BUILD)/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -o $@ $(filter %.c,$^) $(LINK_VMM)
 
-build/sim/libcuda.so.1: $(SIM_SOURCES) $(wildcard tests/sim/*.h libvmm/src/append.h)
+# The simulated driver, under CUDA's names and under HIP's.
+$(BUILD)/sim/libcuda.so.1: tests/sim/entry.c
+$(BUILD)/sim/libamdhip64.so: tests/sim/hip_entry.c tests/sim/hip.map libvmm/src/hip_abi.h
+$(BUILD)/sim/libamdhip64.so: SIM_LINK = -Wl,--version-script=tests/sim/hip.map
+$(SIM): $(SIM_SOURCES) $(wildcard tests/sim/*.h) libvmm/src/append.h
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -fvisibility=default -shared \
-	  -Wl,-soname,libcuda.so.1,-z,defs -o $@ $(SIM_SOURCES) -pthread -ldl
+	  -Wl,-soname,$(@F),-z,defs $(SIM_LINK) -o $@ $(filter %.c,$^) -pthread -ldl
 
-build/tests/conformance/probes: $(wildcard tests/conformance/*.[ch]) tests/sim/cuda_abi.h
+$(BUILD)/tests/conformance/probes: $(wildcard tests/conformance/*.[ch]) tests/sim/cuda_abi.h
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -o $@ $(filter %.c,$^) -pthread -ldl
 
-test-programs: $(C_TESTS) $(SWEEP) $(SIM) build/tests/conformance/probes
+test-programs: $(C_TESTS) $(SWEEP) $(SIM) $(BUILD)/tests/conformance/probes
 
 # What does not compile is a failure that run_tests.py reports with the others. Another make,
 # since setup.py may have installed an nvcc, or built the library, that this one did not see.
@@ -283,7 +294,7 @@ test-inplace: inplace
 reliability: $(SWEEP) $(SIM)
 	@$(PYTHON) tests/reliability.py
 
-build/benchmarks/%: benchmarks/%.c build/libvmm.so
+$(BUILD)/benchmarks/%: benchmarks/%.c $(BUILD)/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
 
@@ -295,11 +306,13 @@ bench-c: $(C_BENCHES)
 planted-defects: venv $(call have,test)
 	@$(VENV_PYTHON) tests/defects/plant.py $(or $(DEFECTS),--write)
 
--include $(wildcard build/obj/*.d build/tests/c/*.d build/benchmarks/*.d)
+-include $(wildcard $(BUILD)/obj/*.d $(BUILD)/tests/c/*.d $(BUILD)/benchmarks/*.d)
+
+include tests/checks.mk
 
 # ---- lint -------------------------------------------------------------------------
 # The compile is part of it: -Wall -Wextra -Werror, of everything that is C.
-lint: $(call have,build) $(call have,lint) build/libvmm.so test-programs $(C_BENCHES)
+lint: $(call have,build) $(call have,lint) $(BUILD)/libvmm.so test-programs $(C_BENCHES)
 	$(CC) -std=c99 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c libvmm/include/vmm.h
 	$(CXX) -std=c++11 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c++ libvmm/include/vmm.h
 	$(VENV)/bin/clang-format --dry-run -Werror $(C_FILES)

@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="a decode loop that grows its cache in place, against concatenate"
     )
-    demo.add_argument("--device", help="host or cuda:N; by default a GPU where there is one")
+    demo.add_argument("--device", help="host, cuda:N or hip:N; by default a GPU where there is one")
     demo.add_argument("--tokens", type=positive, metavar="N", help="tokens to decode")
     demo.add_argument(
         "--plot", type=Path, metavar="FILE", help="write time per token against length as a PNG"
@@ -64,18 +64,26 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def info() -> int:
-    found, missing = find_devices()
+    found: list[Mapping[str, Any]] = [pyvmm.device_info("host")]
+    drivers: list[Sequence[str]] = [("host", "yes")]
+    notes: list[str] = []
+    for kind in ("cuda", "hip"):
+        devices, missing = find_devices(kind)
+        found += devices
+        drivers.append((kind, "yes" if devices else f"no: {missing}"))
+        if devices and missing:
+            notes.append(missing)
     print(f"pyvmm {pyvmm.__version__}, Python {platform.python_version()}, {installed()}")
     show(
         Table(
             "drivers",
             ("driver", "found"),
-            [("host", "yes"), ("cuda", "yes" if len(found) > 1 else f"no: {missing}")],
+            drivers,
             align="ll",
         )
     )
-    if len(found) > 1 and missing:
-        print(missing)
+    for note in notes:
+        print(note)
     fields = [
         ("description", [str(device["description"]) for device in found]),
         ("granularity", [size_text(device["granularity_bytes"]) for device in found]),
@@ -84,7 +92,7 @@ def info() -> int:
         ("exportable handles", ["yes" if d["exportable_handles"] else "no" for d in found]),
         ("free memory", [size_text(device["free_bytes"]) for device in found]),
         ("total memory", [size_text(device["total_bytes"]) for device in found]),
-        ("driver version", [driver_version(device["driver_version"]) for device in found]),
+        ("driver version", [driver_version(device) for device in found]),
         ("append kernel", [str(device["kernel"]) for device in found]),
     ]
     show(
@@ -98,15 +106,15 @@ def info() -> int:
     return 0
 
 
-def find_devices() -> tuple[list[Mapping[str, Any]], str]:
-    """What is known of each device, and why there is no (further) GPU."""
-    found: list[Mapping[str, Any]] = [pyvmm.device_info("host")]
+def find_devices(kind: str) -> tuple[list[Mapping[str, Any]], str]:
+    """What is known of each GPU of a kind, and why there is no (further) one."""
+    found: list[Mapping[str, Any]] = []
     while True:
         try:
-            found.append(pyvmm.device_info(f"cuda:{len(found) - 1}"))
+            found.append(pyvmm.device_info(f"{kind}:{len(found)}"))
         except pyvmm.VMMError as error:
             # Behind the last GPU there is none: that is no news.
-            expected = error.status == "VMM_ERR_NO_DEVICE" and len(found) > 1
+            expected = error.status == "VMM_ERR_NO_DEVICE" and len(found) > 0
             return found, "" if expected else str(error)
 
 
@@ -121,8 +129,10 @@ def installed() -> str:
     return ", ".join(names)
 
 
-def driver_version(number: object) -> str:
-    version = int(str(number))
+def driver_version(device: Mapping[str, Any]) -> str:
+    version: int = device["driver_version"]
+    if device["kind"] == "hip":
+        return f"HIP {version // 10_000_000}.{version // 100_000 % 100}"
     return f"CUDA {version // 1000}.{version % 1000 // 10}" if version else "none"
 
 

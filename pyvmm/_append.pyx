@@ -75,25 +75,29 @@ def append_many(tensors, sources, stream=None):
     Raises what VTensor.append() does; then no tensor has changed."""
     if not isinstance(tensors, (list, tuple)) or not isinstance(sources, (list, tuple)):
         raise TypeError("append_many takes a list of tensors and a list of sources")
+    # Lists of our own: the caller's may change while other threads run.
+    tensors, sources = list(tensors), list(sources)
     if len(tensors) != len(sources):
         raise ValueError(f"{len(tensors)} tensors and {len(sources)} sources")
-    for tensor in tensors:
-        if not isinstance(tensor, TensorCore):
-            raise TypeError(f"append_many takes VTensors, not {type(tensor).__name__}")
-        if tensor.device != tensors[0].device:
-            raise ValueError(
-                f"tensors of one device are needed, not of {tensors[0].device} and {tensor.device}"
-            )
-    if len({id(tensor) for tensor in tensors}) != len(tensors):
-        raise ValueError("a tensor is named twice")
     if not tensors:
         return
     cdef Py_ssize_t i, n = len(tensors)
+    for tensor in tensors:
+        if not isinstance(tensor, TensorCore):
+            raise TypeError(f"append_many takes VTensors, not {type(tensor).__name__}")
+        if (
+            (<TensorCore>tensor).pool_ is not (<TensorCore>tensors[0]).pool_
+            and tensor.device != tensors[0].device
+        ):
+            raise ValueError(
+                f"tensors of one device are needed, not of {tensors[0].device} and {tensor.device}"
+            )
+    # Two are the keys and values of a layer, at each step.
+    if tensors[0] is tensors[1] if n == 2 else len({id(tensor) for tensor in tensors}) != n:
+        raise ValueError("a tensor is named twice")
     cdef _Append *appends = <_Append *>PyMem_Malloc(n * sizeof(_Append))
     cdef vmm_array *arrays = <vmm_array *>PyMem_Malloc(n * sizeof(vmm_array))
     cdef vmm_tensor **handles = <vmm_tensor **>PyMem_Malloc(n * sizeof(vmm_tensor *))
-    # Lists of our own: the caller's may change while other threads run.
-    tensors, sources = list(tensors), list(sources)
     try:
         if appends == NULL or arrays == NULL or handles == NULL:
             raise MemoryError

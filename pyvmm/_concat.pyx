@@ -43,7 +43,7 @@ from pyvmm._libvmm cimport (
     vmm_user,
 )
 from pyvmm._pool cimport Pool, default_pool_of
-from pyvmm._source cimport Source, device_of, look_at
+from pyvmm._source cimport Source, device_name, look_at
 from pyvmm._tensor cimport VTensor
 from pyvmm._view cimport View, reserved_view
 
@@ -278,7 +278,10 @@ cdef str _mismatch(const Source *old, const Source *rows, int axis):
     cdef int d
     cdef const vmm_array *a = &old.array
     cdef const vmm_array *b = &rows.array
-    if a.memory != b.memory or a.device_index != b.device_index:
+    if (
+        old.device.device_type != rows.device.device_type
+        or old.device.device_id != rows.device.device_id
+    ):
         return "devices"
     if a.dtype.code != b.dtype.code or a.dtype.bits != b.dtype.bits:
         return "dtypes"
@@ -309,7 +312,7 @@ cdef TensorCore _tensor_at(Framework framework, object cache, const Source *old,
         with nogil:
             vmm_release(handle)
         return None
-    return _own(handle, device_of(old))
+    return _own(handle, old.device)
 
 
 # A Pool of each device: not a tensor's own, which may be gone, but what names its device. That
@@ -333,19 +336,15 @@ cdef TensorCore _own(vmm_tensor *handle, DLDevice device):
     cdef TensorCore tensor = TensorCore.__new__(TensorCore)
     cdef Pool pool = _host_pool
     if device.device_type != DL_CPU:
-        pool = _pools.get(device.device_id)
+        pool = _pools.get((device.device_type, device.device_id))
     if pool is None:
-        pool = default_pool_of(_device_name(device))
+        pool = default_pool_of(device_name(device))
         if device.device_type == DL_CPU:
             _host_pool = pool
         else:
-            _pools[device.device_id] = pool
+            _pools[device.device_type, device.device_id] = pool
     tensor.hold(handle, pool)
     return tensor
-
-
-cdef str _device_name(DLDevice device):
-    return "host" if device.device_type == DL_CPU else f"cuda:{device.device_id}"
 
 
 cdef bint _is_start_of(const Source *old, vmm_tensor *handle, int axis) noexcept:
@@ -465,7 +464,7 @@ cdef object _take_in(Framework framework, object cache, const Source *old, objec
     if layout is None:
         layout = framework.default_layout
     dtype = name_of(old.array.dtype.code, old.array.dtype.bits)
-    device = _device_name(device_of(old))
+    device = device_name(old.device)
     tensor = empty(shape, dtype, axis=axis, capacity=capacity, device=device, layout=layout,
                    pool=pool)
     result = _fill(framework, tensor, cache, old,

@@ -5,9 +5,12 @@ import re
 
 from pyvmm._error cimport check
 from pyvmm._libvmm cimport (
+    VMM_DEVICE_CUDA,
+    VMM_DEVICE_HIP,
     VMM_DEVICE_HOST,
     VMM_ERR_NO_DEVICE,
     VMM_ERR_NO_DRIVER,
+    VMM_ERR_UNSUPPORTED,
     VMM_OK,
     VMM_VERSION_MAJOR,
     VMM_VERSION_MINOR,
@@ -20,7 +23,8 @@ from pyvmm._libvmm cimport (
     vmm_version,
 )
 
-cdef object _CUDA = re.compile(r"cuda(?::(\d{1,4}))?", re.ASCII)
+cdef object _GPU = re.compile(r"(cuda|hip)(?::(\d{1,4}))?", re.ASCII)
+cdef dict _KINDS = {VMM_DEVICE_HOST: "host", VMM_DEVICE_CUDA: "cuda", VMM_DEVICE_HIP: "hip"}
 
 
 def library_version():
@@ -38,16 +42,17 @@ def library_version():
 
 
 cdef str canonical_name(object device):
-    """ "host" or "cuda:N". """
+    """ "host", "cuda:N" or "hip:N". """
     if not isinstance(device, str):
         raise TypeError(f"device must be a string such as 'host' or 'cuda:0', "
                         f"not {type(device).__name__}")
     if device == "host" or device == "cpu":
         return "host"
-    match = _CUDA.fullmatch(device)
+    match = _GPU.fullmatch(device)
     if match is None:
-        raise ValueError(f"unknown device '{device}': known are 'host' (or 'cpu') and 'cuda:N'")
-    return f"cuda:{int(match[1] or 0)}"
+        raise ValueError(f"unknown device '{device}': known are 'host' (or 'cpu'), 'cuda:N' and "
+                         "'hip:N'")
+    return f"{match[1]}:{int(match[2] or 0)}"
 
 
 cdef vmm_device *open_device(str name) except NULL:
@@ -62,7 +67,8 @@ cdef vmm_device *open_device(str name) except NULL:
 
 
 def devices():
-    """The names of the devices that pyvmm can use here: "host", then "cuda:0" and so on.
+    """The names of the devices that pyvmm can use here: "host", then "cuda:0" and so on, then
+    "hip:0" and so on.
 
     Opens each of them, which creates the primary context of a GPU. Raises VMMError where a
     GPU's driver is there and fails."""
@@ -71,27 +77,31 @@ def devices():
     cdef vmm_device *device
     cdef vmm_status status
     names = ["host"]
-    while True:
-        candidate = f"cuda:{len(names) - 1}"
-        name = candidate.encode()
-        text = name
-        with nogil:
-            status = vmm_device_open(text, &device)
-            if status == VMM_OK:
-                vmm_device_close(device)
-        if status == VMM_ERR_NO_DRIVER or status == VMM_ERR_NO_DEVICE:
-            return names
-        check(status)
-        names.append(candidate)
+    for kind in ("cuda", "hip"):
+        for index in range(10_000):
+            candidate = f"{kind}:{index}"
+            name = candidate.encode()
+            text = name
+            with nogil:
+                status = vmm_device_open(text, &device)
+                if status == VMM_OK:
+                    vmm_device_close(device)
+            if status == VMM_ERR_NO_DRIVER or status == VMM_ERR_NO_DEVICE:
+                break
+            if status != VMM_ERR_UNSUPPORTED:
+                check(status)
+                names.append(candidate)
+    return names
 
 
 def device_info(device):
     """What is known of a device, as a dict.
 
-    kind ("host" or "cuda"), index, name, description, granularity_bytes, recommended_bytes,
+    kind ("host", "cuda" or "hip"), index, name, description, granularity_bytes, recommended_bytes,
     reservable_bytes (the largest single reservation), free_bytes, total_bytes,
-    driver_version (13000 for CUDA 13.0; 0 on the host), exportable_handles (bool), kernel
-    (which form of the append kernel is used: "fatbin", "ptx" or "memcpy").
+    driver_version (13000 for CUDA 13.0, 60342134 for HIP 6.3.42134; 0 on the host),
+    exportable_handles (bool), kernel (which form of the append kernel is used: "fatbin", "ptx",
+    "hipfb" or "memcpy").
 
     Makes a dozen driver calls. Raises ValueError (a name of another form) and VMMError (no
     driver, no such device, a failure of the driver), which says why."""
@@ -103,7 +113,7 @@ def device_info(device):
         vmm_device_close(handle)
     check(status)
     return {
-        "kind": "host" if info.kind == VMM_DEVICE_HOST else "cuda",
+        "kind": _KINDS[info.kind],
         "index": info.index,
         "name": info.name.decode(),
         "description": info.description.decode("utf-8", "replace"),

@@ -9,6 +9,8 @@ cdef enum:
     DL_CPU = 1
     DL_CUDA = 2
     DL_CUDA_HOST = 3
+    DL_ROCM = 10
+    DL_ROCM_HOST = 11
     DL_CUDA_MANAGED = 13
 
 
@@ -69,6 +71,11 @@ ctypedef struct Region:
     int ndim
     int64_t shape[VMM_MAX_NDIM]
     int64_t strides[VMM_MAX_NDIM]  # in bytes
+
+
+cdef inline bint is_on_gpu(DLDevice device) noexcept:
+    return (device.device_type == DL_CUDA or device.device_type == DL_ROCM
+            or device.device_type == DL_CUDA_MANAGED)
 
 
 cdef object make_capsule(const Region *region, vmm_pin *pin, bint versioned)

@@ -7,7 +7,7 @@ cimport cython
 
 from pyvmm._buffer cimport fill_buffer, release_buffer
 from pyvmm._core cimport TensorCore
-from pyvmm._dlpack cimport Region, make_capsule
+from pyvmm._dlpack cimport DL_ROCM, Region, make_capsule
 from pyvmm._libvmm cimport (
     VMM_STREAM_LEGACY,
     VMM_STREAM_NONE,
@@ -16,7 +16,7 @@ from pyvmm._libvmm cimport (
     vmm_stream,
     vmm_unpin,
 )
-from pyvmm._stream cimport stream_of
+from pyvmm._stream cimport number_of, stream_of
 
 cdef str _DLPACK_ADVICE = "import it by DLPack, as torch.from_dlpack() or cupy.from_dlpack() do"
 
@@ -36,7 +36,10 @@ cdef object to_dlpack(TensorCore tensor, Py_ssize_t start, Py_ssize_t stop, Py_s
             raise ValueError(f"stream must be None for memory on the host, not {stream!r}")
     elif stream is None:
         consumer = VMM_STREAM_LEGACY
-    elif stream == 0:
+    elif tensor.target.device.device_type == DL_ROCM and (stream == 1 or stream == 2):
+        raise ValueError(f"stream {stream} means nothing on ROCm: 0 is the default stream, -1 asks "
+                         "for no synchronization")
+    elif stream == 0 and tensor.target.device.device_type != DL_ROCM:
         raise ValueError("stream 0 is ambiguous: 1 is the legacy default stream, 2 the "
                          "per-thread one, -1 asks for no synchronization")
     elif stream != -1:
@@ -129,5 +132,5 @@ cdef dict interface_of(TensorCore tensor, Py_ssize_t start, Py_ssize_t stop):
         "strides": None if 0 in shape else tensor.strides_,
         "version": 3,
         # The reader makes its own stream wait for this one.
-        "stream": <size_t>stream,
+        "stream": number_of(stream, tensor.target.device),
     }

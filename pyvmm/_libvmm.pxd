@@ -43,6 +43,7 @@ cdef extern from "vmm.h" nogil:
     ctypedef enum vmm_device_kind:
         VMM_DEVICE_HOST
         VMM_DEVICE_CUDA
+        VMM_DEVICE_HIP
 
     ctypedef struct vmm_device_info:
         vmm_device_kind kind

@@ -150,7 +150,7 @@ def ask_others(pool: Pool, needed_bytes: int) -> bool:
         try:
             before = _unused(other)
             if before:
-                other.trim()
+                other.trim(wait=True)  # as the pool has waited for its own
                 freed |= _unused(other) < before
         except VMMError:
             continue  # closed meanwhile, or a capture is going on

@@ -9,7 +9,7 @@ from cpython.exc cimport PyErr_SetObject, PyErr_WriteUnraisable
 from libc.stdint cimport uint64_t
 
 from pyvmm._device cimport canonical_name, open_device
-from pyvmm._dlpack cimport DL_CPU, DL_CUDA, DLDevice
+from pyvmm._dlpack cimport DL_CPU, DL_CUDA, DL_ROCM, DLDevice
 from pyvmm._error cimport check, explain_shortages, keep_interrupt, raise_status
 from pyvmm._libvmm cimport (
     VMM_BLOCK_AUTO,
@@ -96,7 +96,7 @@ cdef class Pool:
     """The physical memory of one device: makes blocks, keeps what tensors gave back, stays
     within a budget.
 
-    device:     "host" (or "cpu"), "cuda:0"
+    device:     "host" (or "cpu"), "cuda:0", "hip:0"
     block_size: bytes of every block, a multiple of the device's granularity, as an integer
                 or a string ("32MiB"); "auto" is sizes that grow with the tensor. A tensor
                 may ask for another.
@@ -127,7 +127,8 @@ cdef class Pool:
         self.callbacks = []
         self.location = DLDevice(DL_CPU, 0)
         if name != "host":
-            self.location = DLDevice(DL_CUDA, int(name.rpartition(":")[2]))
+            kind, _, index = name.partition(":")
+            self.location = DLDevice(DL_CUDA if kind == "cuda" else DL_ROCM, int(index))
         self.asked_block_size = "auto" if block_bytes == VMM_BLOCK_AUTO else block_bytes
         cdef vmm_device *opened = open_device(name)
         cdef vmm_pool *handle
@@ -178,7 +179,7 @@ cdef class Pool:
 
     @property
     def device(self):
-        """The device's name, "host" or "cuda:0"."""
+        """The device's name: "host", "cuda:0", "hip:0"."""
         return self.device_name
 
     @property

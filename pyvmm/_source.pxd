@@ -17,6 +17,7 @@ ctypedef struct Target:
 # What an append reads: `array`, and what has to be given back when it has.
 ctypedef struct Source:
     vmm_array array
+    DLDevice device  # in whose memory: DL_CPU for all that the CPU reads, pinned or not
     int64_t shape[VMM_MAX_NDIM]
     int64_t strides[VMM_MAX_NDIM]
     # The stream that the producer works on, where it names one (then not NULL).
@@ -37,4 +38,4 @@ cdef int check_shape(const Source *source, const Target *target) except -1
 cdef void begin_source(Source *out) noexcept
 cdef void close_source(Source *source) noexcept
 cdef int look_at(object x, Source *out) except -1
-cdef DLDevice device_of(const Source *source) noexcept
+cdef str device_name(DLDevice device)

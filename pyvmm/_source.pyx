@@ -19,7 +19,7 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from cpython.dict cimport PyDict_GetItem
-from cpython.long cimport PyLong_AsVoidPtr, PyLong_Check, PyLong_FromVoidPtr
+from cpython.long cimport PyLong_AsVoidPtr, PyLong_Check
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from libc.stdint cimport int64_t
@@ -29,10 +29,13 @@ from pyvmm._dlpack cimport (
     DL_CUDA,
     DL_CUDA_HOST,
     DL_CUDA_MANAGED,
+    DL_ROCM,
+    DL_ROCM_HOST,
     DLDevice,
     DLPackExchangeAPI,
     DLPackExchangeAPIHeader,
     DLTensor,
+    is_on_gpu,
     read_capsule,
 )
 from pyvmm._libvmm cimport (
@@ -43,6 +46,8 @@ from pyvmm._libvmm cimport (
     vmm_dtype,
     vmm_stream,
 )
+
+from pyvmm._stream cimport number_of
 
 from pyvmm._dtypes import element_of, name_of
 
@@ -77,8 +82,8 @@ cdef int read_source(object x, const Target *target, vmm_stream stream, Source *
         close_source(out)
         raise
     if hasattr(x, "__cuda_array_interface__"):
-        raise ValueError(f"x is in a GPU's memory and the tensor on {_name(target.device)}: "
-                         "copy it there first")
+        raise ValueError("x is in a GPU's memory and the tensor on "
+                         f"{device_name(target.device)}: copy it there first")
     raise TypeError(
         f"append takes an array (DLPack, __cuda_array_interface__ or a buffer), not "
         f"{type(x).__name__}: numpy.asarray(x) first"
@@ -136,17 +141,11 @@ cdef int _check_elements(const Source *source) except -1:
     raise ValueError("x has elements and no address")
 
 
-cdef DLDevice device_of(const Source *source) noexcept:
-    """Where memory is that was looked at."""
-    cdef DLDevice device
-    device.device_type = DL_CPU if source.array.memory == VMM_MEMORY_HOST else DL_CUDA
-    device.device_id = source.array.device_index
-    return device
-
-
-cdef str _name(DLDevice device):
+cdef str device_name(DLDevice device):
     if device.device_type == DL_CUDA:
         return f"cuda:{device.device_id}"
+    if device.device_type == DL_ROCM:
+        return f"hip:{device.device_id}"
     if device.device_type == DL_CPU:
         return "host"
     return f"a device of DLPack's type {device.device_type}"
@@ -154,19 +153,17 @@ cdef str _name(DLDevice device):
 
 cdef int _check_device(DLDevice device, const Target *target) except -1:
     """May an append read memory of that device?"""
-    cdef bint is_here
-    if target.device.device_type == DL_CPU:
-        is_here = device.device_type == DL_CPU or device.device_type == DL_CUDA_HOST
-    else:
-        is_here = (
-            device.device_type == DL_CPU
-            or device.device_type == DL_CUDA_HOST
-            or device.device_type == DL_CUDA_MANAGED
-            or (device.device_type == DL_CUDA and device.device_id == target.device.device_id)
-        )
+    cdef bint is_here = (
+        device.device_type == DL_CPU
+        or device.device_type == DL_CUDA_HOST
+        or device.device_type == DL_ROCM_HOST
+        or (device.device_type == DL_CUDA_MANAGED and target.device.device_type == DL_CUDA)
+        or (device.device_type == target.device.device_type
+            and device.device_id == target.device.device_id)
+    )
     if not is_here:
-        raise ValueError(f"x is on {_name(device)} and the tensor on {_name(target.device)}: "
-                         "copy it there first")
+        raise ValueError(f"x is on {device_name(device)} and the tensor on "
+                         f"{device_name(target.device)}: copy it there first")
     return 0
 
 
@@ -192,14 +189,18 @@ cdef int describe(Source *out, const Target *target, DLDevice device, vmm_dtype 
     if target != NULL:
         _check_device(device, target)
         _check_dtype(dtype, target)
-    elif not DL_CPU <= device.device_type <= DL_CUDA_HOST and device.device_type != DL_CUDA_MANAGED:
-        raise TypeError(f"x is on {_name(device)}")
+    elif not is_on_gpu(device) and device.device_type not in (DL_CPU, DL_CUDA_HOST, DL_ROCM_HOST):
+        raise TypeError(f"x is on {device_name(device)}")
     if ndim > VMM_MAX_NDIM:
         raise ValueError(f"x has {ndim} dimensions: at most {VMM_MAX_NDIM} are possible")
     out.array.memory = VMM_MEMORY_HOST
     out.array.device_index = 0
-    if device.device_type == DL_CUDA or device.device_type == DL_CUDA_MANAGED:
+    out.device = DLDevice(DL_CPU, 0)
+    if is_on_gpu(device):
         out.array.memory = VMM_MEMORY_DEVICE
+        out.device = device
+        if device.device_type == DL_CUDA_MANAGED:
+            out.device.device_type = DL_CUDA
         out.array.device_index = (device if target == NULL else target.device).device_id
     out.array.dtype = dtype
     out.array.ndim = ndim
@@ -284,8 +285,9 @@ cdef int _read_by_table(object x, _Table table, const Target *target, Source *ou
     elif table.of_torch and _is_lazy(x, &tensor):
         raise BufferError("x is conjugated or negated only when it is read: x.resolve_conj() or "
                           "x.resolve_neg() first")
-    if tensor.device.device_type == DL_CUDA:
-        table.api.current_work_stream(DL_CUDA, tensor.device.device_id, &out.producer)
+    if tensor.device.device_type == DL_CUDA or tensor.device.device_type == DL_ROCM:
+        table.api.current_work_stream(tensor.device.device_type, tensor.device.device_id,
+                                      &out.producer)
         if out.producer == NULL:
             out.producer = VMM_STREAM_LEGACY
     return 0
@@ -314,14 +316,13 @@ cdef int _read_by_dlpack(object x, const Target *target, vmm_stream stream,
     device.device_type, device.device_id = x.__dlpack_device__()
     if target != NULL:
         _check_device(device, target)
-    cdef bint on_gpu = device.device_type == DL_CUDA or device.device_type == DL_CUDA_MANAGED
-    if on_gpu:
+    if is_on_gpu(device):
         # The producer orders its work before ours, and is told no more: its memory may be
         # used anew, on a stream of its own, as soon as the export is dropped.
         if target == NULL:
             asked = -1  # only looked at
         else:
-            asked = PyLong_FromVoidPtr(stream if stream != NULL else VMM_STREAM_LEGACY)
+            asked = number_of(stream if stream != NULL else VMM_STREAM_LEGACY, device)
         out.outlives = True
         try:
             capsule = x.__dlpack__(stream=asked, max_version=_MAX_VERSION)
@@ -393,9 +394,10 @@ cdef int _read_interface(object x, object interface, const Target *target, Sourc
     if stream is not None:
         if not PyLong_Check(stream):
             raise TypeError(f"x names {stream!r} as its stream")
-        if stream <= 0:
+        if stream < 0 or (stream == 0 and device.device_type != DL_ROCM):
             raise ValueError(f"x names {stream} as its stream: 1 is the legacy default one")
-        out.producer = PyLong_AsVoidPtr(stream)
+        if stream != 0:
+            out.producer = PyLong_AsVoidPtr(stream)
     return 0
 
 

@@ -5,8 +5,9 @@ from operator import index
 
 cimport cython
 from cpython.bool cimport PyBool_Check
-from cpython.long cimport PyLong_AsVoidPtr, PyLong_Check
+from cpython.long cimport PyLong_AsVoidPtr, PyLong_Check, PyLong_FromVoidPtr
 
+from pyvmm._dlpack cimport DL_ROCM, DLDevice
 from pyvmm._libvmm cimport (
     VMM_OK,
     VMM_STREAM_LEGACY,
@@ -45,6 +46,13 @@ cdef int stream_of(object stream, vmm_stream *out) except -1:
     if out[0] == NULL:
         out[0] = VMM_STREAM_LEGACY
     return 0
+
+
+cdef object number_of(vmm_stream stream, DLDevice device):
+    """The stream as the protocols name it: the default one is 1 for CUDA and 0 for ROCm."""
+    if stream == VMM_STREAM_LEGACY and device.device_type == DL_ROCM:
+        return 0
+    return PyLong_FromVoidPtr(stream)
 
 
 @cython.final

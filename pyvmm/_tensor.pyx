@@ -85,7 +85,7 @@ def empty(shape, dtype="float32", *, axis=None, capacity, device=None, layout=No
                 float8_e5m2, complex64/128
     axis:       the growth axis; where it is left out, the only one of size 0
     capacity:   rows of address space, fixed from now on. It costs no memory.
-    device:     "host" (or "cpu"), "cuda:0"; the pool's where a pool is given, else "host"
+    device:     "host" (or "cpu"), "cuda:0", "hip:0"; the pool's where one is given, else "host"
     layout:     how memory is ordered: "seq" (growth axis outermost: an append is one dense
                 copy), "lane" (dimension 0, then the growth axis, then the rest) or "c" (as
                 the shape says). None is "seq" on a GPU, where each lane costs a block, and
@@ -265,7 +265,7 @@ cdef class VTensor(TensorCore):
 
     @property
     def device(self):
-        """The device's name, "host" or "cuda:0"."""
+        """The device's name: "host", "cuda:0", "hip:0"."""
         return None if self.pool_ is None else self.pool_.device_name
 
     @property
@@ -544,8 +544,8 @@ cdef class VTensor(TensorCore):
         """A DLPack capsule of the rows in use, sharing memory.
 
         stream: of the consumer, made to wait for the last append: an integer (1 the legacy
-                default stream, 2 the per-thread one), -1 for no wait, None for the legacy
-                default stream. On the host None.
+                default stream, 2 the per-thread one; on ROCm 0, the default stream), -1 for no
+                wait, None for the default stream. On the host None.
         max_version: what the consumer understands; below (1, 0) the capsule is a legacy one
         dl_device: None or this tensor's; copy: None or False
 
@@ -556,7 +556,8 @@ cdef class VTensor(TensorCore):
         return to_dlpack(self, 0, length, length, stream, max_version, dl_device, copy)
 
     def __dlpack_device__(self):
-        """DLPack's (device type, device number): (1, 0) on the host, (2, N) for "cuda:N"."""
+        """DLPack's (device type, device number): (1, 0) on the host, (2, N) for "cuda:N", (10, N)
+        for "hip:N"."""
         self.live("export")
         return dlpack_device(self)
 

@@ -118,7 +118,7 @@ cdef class View:
 
     @property
     def device(self):
-        """The device's name, "host" or "cuda:0"."""
+        """The device's name: "host", "cuda:0", "hip:0"."""
         return self.made().pool_.device_name
 
     @property
@@ -164,7 +164,8 @@ cdef class View:
                          dl_device, copy)
 
     def __dlpack_device__(self):
-        """DLPack's (device type, device number): (1, 0) on the host, (2, N) for "cuda:N"."""
+        """DLPack's (device type, device number): (1, 0) on the host, (2, N) for "cuda:N", (10, N)
+        for "hip:N"."""
         cdef TensorCore tensor = self.made()
         tensor.live("export")
         return dlpack_device(tensor)

@@ -3,19 +3,25 @@
     cache = VMMCache(model.config)
     model.generate(**inputs, past_key_values=cache)
 
+or, for every cache that generate() and the models make by themselves:
+
+    pyvmm.transformers.install()
+
 transformers' DynamicCache concatenates: every step copies every key and value that the
 cache holds. Here each full-attention layer owns two growable tensors of shape
 (batch, heads, tokens, dim); a step copies the new tokens into them, K and V in one call,
 and hands the model views of what is there. The values are the same, bit for bit.
 
 Sliding-window, linear and other layers of a model are bounded by themselves and keep
-transformers' own classes.
+transformers' own classes. An encoder-decoder model takes
+EncoderDecoderCache(VMMCache(config), VMMCache(config)).
 
 As with any view, keys and values that a layer gave out show the memory of the cache:
 tokens removed by `crop` or `reset`, and all tokens after `reorder_cache`, read
-differently once new ones have taken their place. Copying, pickling and `torch.save` of
-such a view take its whole storage, which is the address space of the full capacity and
-mostly not backed by memory: `clone()` it first.
+differently once new ones have taken their place. Caches and layers are copied, pickled and
+saved by their tokens alone; but copying, pickling and `torch.save` of one such view by
+itself take its whole storage, which is the address space of the full capacity and mostly
+not backed by memory: `clone()` it first.
 """
 
 # transformers' classes have no types where it is not installed, and some where it is.
@@ -23,99 +29,128 @@ mostly not backed by memory: `clone()` it first.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn
+import math
+from typing import Any
 
 import torch
-from torch.utils.dlpack import from_dlpack
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicCache, DynamicLayer
 
 import pyvmm
+from pyvmm._torch_kv import KVPair, Layout
 
-__all__ = ["VMMCache", "VMMLayer"]
+__all__ = ["VMMCache", "VMMLayer", "install", "stats", "uninstall"]
 
-Layout = Literal["seq", "lane", "c"]
+# Tokens of address space where neither the caller nor the model's config says how many.
+_DEFAULT_CAPACITY = 131_072
+# A capacity that nobody asked for takes no more addresses than this for one tensor, so that
+# all layers of a large model fit in what a process or a GPU has.
+_MOST_DEFAULT_BYTES = 128 << 30
 
 
 class VMMLayer(DynamicLayer):
     """One layer's keys and values in two growable tensors.
 
-    capacity: tokens of address space; memory is taken as tokens arrive.
-    layout:   pyvmm's "seq", "lane" or "c"; None is "c" on the host, where head-major
-              attention is faster, and "seq" on a GPU, where each lane costs a block.
+    capacity: tokens of address space; memory is taken as tokens arrive. None is 131072, or
+              fewer where one tensor would take more than 128 GiB of addresses. A layer that
+              outgrows it moves to twice the capacity, which copies it once.
+    layout:   pyvmm's "seq", "lane" or "c"; None is the fastest of the device: "c" on the
+              host (with more than 128 pairs of sequence and head "lane", with more than 128
+              sequences "seq"), "seq" on a GPU.
     pool:     where memory comes from; None is the default pool of the model's device.
 
-    The tensors exist from the first update on, as `key_tensor` and `value_tensor`, and
-    take batch, heads, dim, dtype and device from it. `keys` and `values` are views of
-    the tokens in use, to be read and not replaced.
+    The tensors exist from the first update on, as `key_tensor` and `value_tensor`, and take
+    batch, heads, dim, dtype and device from it. `keys` and `values` are views of the tokens
+    in use. Code that puts other tensors in their place is obeyed: at the next call the layer
+    takes these in.
+
+    Counted: `moves` to a larger reservation or away from a pinned one, `intakes` of tensors
+    that came from outside, `concatenations` where storage in place was not possible: where
+    gradients are wanted, for tensors of a subclass, and for sizes of 0.
     """
 
-    key_tensor: pyvmm.VTensor
-    value_tensor: pyvmm.VTensor
+    keys: Any
+    values: Any
 
     def __init__(
-        self, capacity: int, *, layout: Layout | None = None, pool: pyvmm.Pool | None = None
+        self,
+        capacity: int | None = None,
+        *,
+        layout: Layout | None = None,
+        pool: pyvmm.Pool | None = None,
     ) -> None:
         super().__init__()
-        self.capacity = capacity
+        self.capacity = _DEFAULT_CAPACITY if capacity is None else capacity
+        self.moves = self.intakes = self.concatenations = 0
+        self.dtype: torch.dtype | None = None
+        self.device: torch.device | None = None
+        self._may_reserve_less = capacity is None
         self._layout = layout
         self._pool = pool
+        # None as long as there is nothing, and where keys and values lie outside.
+        self._pair: KVPair | None = None
 
     def __repr__(self) -> str:
-        return f"VMMLayer(length={self.get_seq_length()}, capacity={self.capacity})"
+        return (
+            f"{type(self).__name__}(length={self.get_seq_length()}, capacity={self.capacity}, "
+            f"moves={self.moves})"
+        )
+
+    @property
+    def key_tensor(self) -> pyvmm.VTensor:
+        """The keys; an AttributeError before the first update."""
+        return self._stored().key_tensor
+
+    @property
+    def value_tensor(self) -> pyvmm.VTensor:
+        """The values; an AttributeError before the first update."""
+        return self._stored().value_tensor
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Reserve both tensors after the shape (batch, heads, any, dim), dtype and device
-        of these states. On failure the layer is as before."""
-        key_tensor, value_tensor = self._reserve(key_states), self._reserve(value_states)
-        # One tensor over the whole capacity: cutting a step's view from it is much cheaper
-        # than a hand-off. A normal tensor also when the caller is in inference mode.
-        with torch.inference_mode(False):
-            self._all_keys = from_dlpack(key_tensor.reserved())
-            self._all_values = from_dlpack(value_tensor.reserved())
-        self.key_tensor, self.value_tensor = key_tensor, value_tensor
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size = key_states.shape[0]
-        self._publish(0)
-        self.is_initialized = True
+        of these states. Raises ValueError for a device that is neither the host nor CUDA; on
+        failure the layer is as before."""
+        self._publish(self._reserve(key_states, value_states, 0))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append states of shape (batch, heads, tokens, dim) and return views of all.
 
-        Raises ValueError (another shape, K and V of different lengths), TypeError
-        (another dtype or device), pyvmm.CapacityError, pyvmm.OutOfMemoryError, and
-        RuntimeError where gradients are wanted, which in-place storage cannot give. On
-        failure the layer holds what it held before.
+        Raises ValueError (another shape or device, K and V of different lengths), TypeError
+        (another dtype), pyvmm.OutOfMemoryError. On failure the layer holds what it held
+        before. Where gradients are wanted, which in-place storage cannot give, it
+        concatenates as DynamicLayer does.
         """
-        if key_states.requires_grad or value_states.requires_grad:
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    "VMMLayer stores values in place and cannot carry gradients: call the "
-                    "model under torch.no_grad(), or train with DynamicCache"
-                )
-            key_states, value_states = key_states.detach(), value_states.detach()
-        if key_states.shape[-2] != value_states.shape[-2]:
-            raise ValueError(
-                f"keys of {key_states.shape[-2]} tokens and values of {value_states.shape[-2]}"
-            )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._check_consistent()
-        pyvmm.append_many(
-            [self.key_tensor, self.value_tensor], [key_states, value_states], stream=self._stream()
-        )
-        return self._publish(self.key_tensor.length)
+        pair = self._pair
+        if pair is None or self.keys is not pair.keys or self.values is not pair.values:
+            pair = self._prepare(key_states, value_states)
+        try:
+            if pair is None:
+                return self._concatenate(key_states, value_states)
+            pair.append(key_states, value_states)
+        except (BufferError, TypeError, ValueError) as error:  # CapacityError is a ValueError
+            is_full = isinstance(error, pyvmm.CapacityError)
+            updated = self._update_otherwise(key_states, value_states, is_full)
+            if updated is None:
+                raise
+            return updated
+        self.keys, self.values = keys, values = pair.keys, pair.values
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens in use."""
+        length: int = 0 if self.keys is None else self.keys.shape[-2]
+        return length
 
     def get_max_length(self) -> int:
-        """The capacity, in tokens."""
-        return self.capacity
+        """-1, transformers' word for no maximum: the capacity is no limit, see `capacity`."""
+        return -1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens, or all if there are fewer. A positive
         number is transformers' older form: the length to keep at most. The memory stays
-        with the layer. Raises BufferError while an export of `key_tensor` or
-        `value_tensor` pins these tokens."""
+        with the layer, unless an export of `key_tensor` or `value_tensor` pins these tokens:
+        then the others are copied into new memory."""
         length = self.get_seq_length()
         tokens_to_remove = int(tokens_to_remove)  # assisted generation passes a tensor
         if tokens_to_remove > 0:
@@ -124,8 +159,8 @@ class VMMLayer(DynamicLayer):
             self._truncate(max(length + tokens_to_remove, 0))
 
     def reset(self) -> None:
-        """Drop all tokens and keep the memory: the next update begins a new sequence of
-        the same batch. Raises as `crop` does."""
+        """Drop all tokens and keep the memory for the next sequences; of another batch size,
+        they take new memory."""
         self._truncate(0)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -133,89 +168,226 @@ class VMMLayer(DynamicLayer):
         (batch,). Costs one copy of the layer, as it does in DynamicLayer."""
         if self.get_seq_length() == 0:
             return
-        self._check_consistent()
-        if beam_idx.shape != (self.batch_size,):
-            raise ValueError(f"beam_idx of shape {tuple(beam_idx.shape)}, batch {self.batch_size}")
-        for states in self._published:
-            states.copy_(states.index_select(0, beam_idx.to(states.device)))
+        pair = None if self._is_offloaded() else self._settle()
+        if pair is not None and beam_idx.shape == self.keys.shape[:1]:
+            pair.select(beam_idx)
+        else:
+            super().reorder_cache(beam_idx)
+            self._take_in()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Not supported yet: raises NotImplementedError."""
-        self._refuse("change its batch size")
+        """Repeat each sequence `repeats` times: batch becomes batch x repeats."""
+        super().batch_repeat_interleave(repeats)
+        self._take_in()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Not supported yet: raises NotImplementedError."""
-        self._refuse("change its batch size")
+        """Keep the sequences of these indices, or of the true ones of a boolean mask."""
+        super().batch_select_indices(indices)
+        self._take_in()
 
     def offload(self) -> None:
-        """Not supported yet: raises NotImplementedError."""
-        self._refuse("be offloaded")
+        """Move the tokens to host memory and give the memory on the GPU back, once the views
+        that are out have gone. On the host, nothing."""
+        super().offload()
+        if self._pair is not None and self.keys is not self._pair.keys:
+            self._pair = None
 
     def prefetch(self) -> None:
-        """Not supported yet: raises NotImplementedError."""
-        self._refuse("be offloaded")
+        """Move offloaded tokens back to the GPU, on the current stream."""
+        if self._is_offloaded():
+            self._settle()
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        # Also what copy.deepcopy() and torch.save() call. Either would read the storage
-        # of the views, most of which is not backed by memory.
-        raise TypeError(
-            "a VMMLayer cannot be copied or pickled: keep [layer.keys.clone(), "
-            "layer.values.clone()], and update() a new layer with them"
-        )
+    def __deepcopy__(self, memo: dict[int, Any]) -> VMMLayer:
+        """A layer with a copy of the tokens in memory of its own, from the same pool."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        pair = None if self._is_offloaded() else self._settle()
+        new.__dict__.update(self.__dict__)
+        if pair is not None:
+            new._publish(pair.fork())
+        elif self.is_initialized:
+            new.keys, new.values = self.keys.clone(), self.values.clone()
+        return new
 
-    def _reserve(self, states: torch.Tensor) -> pyvmm.VTensor:
-        device = states.device
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"VMMLayer works on cpu and cuda devices, not on {device}")
-        on_host = device.type == "cpu"
-        batch, heads, _, dim = states.shape
-        return pyvmm.empty(
-            (batch, heads, 0, dim),
-            states.dtype,
-            axis=2,
-            capacity=self.capacity,
-            device="host" if on_host else f"cuda:{device.index}",
-            layout=self._layout or ("c" if on_host else "seq"),
-            pool=self._pool,
-        )
+    def __copy__(self) -> VMMLayer:
+        # Two layers over the same tensors would write over each other's tokens.
+        return self.__deepcopy__({})
 
-    def _stream(self) -> int | None:
-        # The stream on which torch wrote the states, and will read the views.
-        if self.device.type == "cpu":
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """What pickle and torch.save() take: the tokens, compact. Read back, the layer takes
+        its memory from the default pool of the device that they are read to."""
+        states = (self.keys.clone(), self.values.clone()) if self.is_initialized else None
+        return _restored, (self.capacity, self._may_reserve_less, self._layout, states)
+
+    # -- where the tokens lie
+
+    def _stored(self) -> KVPair:
+        pair = self._settle()
+        if pair is None:
+            raise AttributeError("the layer has no tensors: nothing is stored in place yet")
+        return pair
+
+    def _publish(self, pair: KVPair) -> None:
+        self._pair = pair
+        self.keys, self.values = pair.keys, pair.values
+        self.dtype, self.device = pair.keys.dtype, pair.keys.device
+        self.batch_size = pair.keys.shape[0]
+        self.capacity = pair.capacity
+        self.is_initialized = True
+
+    def _reserve(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, n_tokens: int
+    ) -> KVPair:
+        """A pair without tokens that has room for that many."""
+        for states in (key_states, value_states):
+            if states.device.type not in ("cpu", "cuda"):
+                raise ValueError(
+                    f"VMMLayer works on cpu and cuda devices, not on {states.device}: use "
+                    "DynamicCache there (and uninstall(), if this was installed)"
+                )
+        capacity = self.capacity
+        if self._may_reserve_less:
+            token_bytes = max(
+                math.prod(states.shape[:-2]) * states.shape[-1] * states.element_size()
+                for states in (key_states, value_states)
+            )
+            capacity = min(capacity, max(_MOST_DEFAULT_BYTES // token_bytes, 1))
+        while capacity < n_tokens:
+            capacity *= 2
+        return KVPair.reserve(key_states, value_states, capacity, self._layout, self._pool)
+
+    def _prepare(self, key_states: torch.Tensor, value_states: torch.Tensor) -> KVPair | None:
+        """The pair that these states are to be appended to; None if they cannot be."""
+        if not (_is_storable(key_states) and _is_storable(value_states)):
             return None
-        stream: int = torch.cuda.current_stream(self.device).cuda_stream
-        return stream
+        if self.is_initialized:
+            return self._settle()
+        self.lazy_initialization(key_states, value_states)
+        return self._pair
 
-    def _publish(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = self._all_keys.narrow(2, 0, length)
-        values = self._all_values.narrow(2, 0, length)
-        self.keys, self.values = self._published = keys, values
+    def _settle(self) -> KVPair | None:
+        """The pair that holds `keys` and `values`, after taking them in if they came from
+        outside; None if there is nothing yet or they cannot be stored in place."""
+        pair, keys, values = self._pair, self.keys, self.values
+        if keys is None or (pair is not None and keys is pair.keys and values is pair.values):
+            return pair
+        if not (_is_storable(keys) and _is_storable(values)):
+            self._pair = None
+            self.batch_size = keys.shape[0]
+            return None
+        if self._is_offloaded():
+            keys, values = (states.to(self.device, non_blocking=True) for states in (keys, values))
+        else:
+            self.intakes += 1
+        taken = self._reserve(keys, values, keys.shape[-2])
+        taken.append(_dense(keys), _dense(values))
+        self._publish(taken)
+        return taken
+
+    def _take_in(self) -> None:
+        """After a method of DynamicLayer's has put new tensors in the place of the old."""
+        if not self._is_offloaded():
+            n_intakes = self.intakes
+            self._settle()
+            self.intakes = n_intakes
+
+    def _is_offloaded(self) -> bool:
+        return self.is_initialized and self.keys.device != self.device
+
+    def _update_otherwise(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, is_full: bool
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What could not be appended as it is; None if there is no other way."""
+        pair = self._pair
+        if pair is None:
+            return None
+        if not (_is_storable(key_states) and _is_storable(value_states)):
+            return self._concatenate(key_states, value_states)
+        dense = _dense(key_states), _dense(value_states)
+        if pair.length == 0 and not _fits(pair, key_states, value_states):
+            # Nothing is lost: other sequences begin, say of another batch size.
+            fresh = self._reserve(key_states, value_states, key_states.shape[-2])
+            fresh.append(*dense)
+            self._publish(fresh)
+            return self.keys, self.values
+        if is_full:
+            moved = self._reserve(pair.keys, pair.values, pair.length + key_states.shape[-2])
+            moved.append(pair.keys, pair.values)
+            moved.append(*dense)
+            self.moves += 1
+            self._publish(moved)
+            return self.keys, self.values
+        if dense[0] is key_states and dense[1] is value_states:
+            return None
+        return self.update(*dense)
+
+    def _concatenate(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What DynamicLayer does; the next update that can takes the result in."""
+        keys, values = key_states, value_states
+        if self.get_seq_length() > 0:
+            keys = torch.cat([self.keys, key_states], dim=-2)
+            values = torch.cat([self.values, value_states], dim=-2)
+        self._pair = None
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.batch_size = keys.shape[0]
+        self.is_initialized = True
+        self.concatenations += 1
         return keys, values
 
     def _truncate(self, length: int) -> None:
-        if not self.is_initialized or length == self.get_seq_length():
+        if length == self.get_seq_length():
             return
-        self._check_consistent()
-        self.key_tensor.truncate(length, stream=self._stream())
-        self.value_tensor.truncate(length, stream=self._stream())
-        self._publish(length)
+        pair = None if self._is_offloaded() else self._settle()
+        if pair is None:
+            self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
+            return
+        try:
+            pair.truncate(length)
+        except BufferError:  # pinned by an export, which keeps the old memory alive
+            pair = pair.fork(length)
+            self.moves += 1
+        self._publish(pair)
 
-    def _check_consistent(self) -> None:
-        keys, values = self._published
-        if self.keys is not keys or self.values is not values:
-            raise RuntimeError(
-                "VMMLayer.keys or .values was replaced from outside, which would not reach "
-                "the cache: use update, crop, reset and reorder_cache"
-            )
-        if not self.key_tensor.length == self.value_tensor.length == keys.shape[2]:
-            raise RuntimeError(
-                f"VMMLayer gave out {keys.shape[2]} tokens, but its tensors hold "
-                f"{self.key_tensor.length} keys and {self.value_tensor.length} values: "
-                "they were changed from outside, or pinned while tokens were dropped"
-            )
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise NotImplementedError(f"a VMMLayer cannot {what} yet: use DynamicCache for this")
+def _is_storable(states: torch.Tensor) -> bool:
+    """Is there memory to copy from, and does nothing but its values matter?"""
+    if type(states) is not torch.Tensor and type(states) is not torch.nn.Parameter:
+        return False
+    if states.requires_grad and torch.is_grad_enabled():
+        return False
+    return 0 not in states.shape[:-2] and states.shape[-1] != 0
+
+
+def _dense(states: torch.Tensor) -> torch.Tensor:
+    """States that can be appended: without gradients, the last dimension dense."""
+    states = states.detach() if states.requires_grad else states
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
+def _fits(pair: KVPair, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+    return all(
+        (*a.shape[:-2], a.shape[-1]) == (*b.shape[:-2], b.shape[-1])
+        and (a.dtype, a.device) == (b.dtype, b.device)
+        for a, b in ((pair.keys, key_states), (pair.values, value_states))
+    )
+
+
+def _restored(
+    capacity: int,
+    may_reserve_less: bool,
+    layout: Layout | None,
+    states: tuple[torch.Tensor, torch.Tensor] | None,
+) -> VMMLayer:
+    layer = VMMLayer(capacity, layout=layout)
+    layer._may_reserve_less = may_reserve_less
+    if states is not None:
+        keys, values = states
+        with torch.no_grad():
+            layer.update(keys, values)
+    return layer
 
 
 class VMMCache(DynamicCache):
@@ -223,12 +395,12 @@ class VMMCache(DynamicCache):
 
     config:   the model's; says which layers attend to all tokens.
     capacity: tokens of address space for each such layer; None is the config's
-              max_position_embeddings. Generating past it raises pyvmm.CapacityError.
+              max_position_embeddings, or 131072. It is not a limit: see VMMLayer.
     layout, pool: as for VMMLayer.
+    offloading, offload_only_non_sliding: as for DynamicCache.
 
-    Use one cache for one batch of sequences; `reset()` readies it for the next of the
-    same batch size. Gradients, deepcopy, pickling, offloading and changes of the batch
-    size are not supported and raise.
+    `reset()` readies it for the next sequences. Copies (copy.deepcopy) take their memory from
+    the same pool, caches read back by pickle or torch.load from the default one.
     """
 
     def __init__(
@@ -238,21 +410,26 @@ class VMMCache(DynamicCache):
         capacity: int | None = None,
         layout: Layout | None = None,
         pool: pyvmm.Pool | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
     ) -> None:
-        super().__init__(config=config)
+        super().__init__(
+            config=config,
+            offloading=offloading,
+            offload_only_non_sliding=offload_only_non_sliding,
+        )
         self._config = config
-        if capacity is None:
-            decoder = config.get_text_config(decoder=True)
-            capacity = getattr(decoder, "max_position_embeddings", None)
-            if capacity is None:
-                raise ValueError("the config has no max_position_embeddings: give a capacity")
+        decoder = config.get_text_config(decoder=True)
+        longest = getattr(decoder, "max_position_embeddings", None) or _DEFAULT_CAPACITY
         for index, layer in enumerate(self.layers):
-            # Exactly this class: classes derived from it store more than keys and values.
-            if type(layer) is DynamicLayer:
-                self.layers[index] = VMMLayer(capacity, layout=layout, pool=pool)
+            # Exactly these: classes derived from them store more than keys and values.
+            if type(layer) is DynamicLayer or type(layer) is _InstalledLayer:
+                self.layers[index] = vmm_layer = VMMLayer(capacity, layout=layout, pool=pool)
+                if capacity is None:
+                    vmm_layer.capacity = longest
 
     def reset(self) -> None:
-        """Drop all tokens; the memory of the VMMLayers is kept for the next sequence."""
+        """Drop all tokens; the memory of the VMMLayers is kept for the next sequences."""
         # transformers' own reset of a sliding layer zeroes its tokens and keeps them.
         fresh = DynamicCache(config=self._config).layers
         for index, layer in enumerate(self.layers):
@@ -260,3 +437,86 @@ class VMMCache(DynamicCache):
                 layer.reset()
             else:
                 self.layers[index] = fresh[index]
+
+    def stats(self) -> dict[str, int]:
+        """See pyvmm.transformers.stats()."""
+        return stats(self)
+
+
+def stats(cache: Any) -> dict[str, int]:
+    """Sums over the VMMLayers of any of transformers' caches, those that install() brings in
+    too: reserved_bytes, mapped_bytes, used_bytes and slack_bytes as in VTensor.stats(), and
+    the layers' moves, intakes and concatenations."""
+    parts = (
+        getattr(cache, "self_attention_cache", cache),
+        getattr(cache, "cross_attention_cache", None),
+    )
+    layers = [layer for part in parts if part is not None for layer in part.layers]
+    total = dict.fromkeys(_BYTES + _COUNTS, 0)
+    for layer in layers:
+        if not isinstance(layer, VMMLayer):
+            continue
+        for name in _COUNTS:
+            total[name] += getattr(layer, name)
+        if layer._pair is not None:
+            for tensor in (layer._pair.key_tensor, layer._pair.value_tensor):
+                of_tensor: Any = tensor.stats()
+                for name in _BYTES:
+                    total[name] += of_tensor[name]
+    return total
+
+
+_BYTES = "reserved_bytes", "mapped_bytes", "used_bytes", "slack_bytes"
+_COUNTS = "moves", "intakes", "concatenations"
+
+
+# ---- in every cache -----------------------------------------------------------------------
+
+_FULL = "full_attention"
+
+
+class _InstalledLayer(VMMLayer):
+    """What DynamicCache makes for each full-attention layer between install() and
+    uninstall()."""
+
+    options: dict[str, Any] = {}
+
+    def __init__(self, **of_other_layers: Any) -> None:
+        # transformers gives every layer of a model what any of them needs.
+        super().__init__(**self.options)
+
+
+_replaced: type | None = None
+
+
+def install(
+    *, capacity: int | None = None, layout: Layout | None = None, pool: pyvmm.Pool | None = None
+) -> None:
+    """Let every DynamicCache that is made from a config from now on, by generate(), by a model
+    or by hand, hold its full-attention layers in VMMLayers with these parameters. Caches that
+    exist, and layers of other kinds, are left as they are.
+
+    Called again, it changes the parameters. It holds for the whole process: install before
+    other threads make caches."""
+    global _replaced
+    _InstalledLayer.options = {"capacity": capacity, "layout": layout, "pool": pool}
+    if DYNAMIC_LAYER_TYPE_MAPPING[_FULL] is not _InstalledLayer:
+        _replaced = DYNAMIC_LAYER_TYPE_MAPPING[_FULL]
+        DYNAMIC_LAYER_TYPE_MAPPING[_FULL] = _InstalledLayer
+
+
+def uninstall() -> None:
+    """Undo install(): DynamicCache makes again what it made before. Without it, nothing.
+
+    Raises RuntimeError if another library has taken that place since."""
+    global _replaced
+    _InstalledLayer.options = {}
+    if _replaced is None:
+        return
+    if DYNAMIC_LAYER_TYPE_MAPPING[_FULL] is not _InstalledLayer:
+        raise RuntimeError(
+            f"{DYNAMIC_LAYER_TYPE_MAPPING[_FULL].__name__} was registered for {_FULL!r} after "
+            "install(): undo that first"
+        )
+    DYNAMIC_LAYER_TYPE_MAPPING[_FULL] = _replaced
+    _replaced = None

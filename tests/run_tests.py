@@ -3,16 +3,21 @@
 C tests are programs, build/tests/c/test_*, each in a process of its own: exit status 0 is
 a pass, 77 a skip (the last line printed says why), anything else a failure. One that takes
 arguments (its main has argc) runs once for each device and gets the device's name; the
-others run once. Devices: host; cuda:0 by the simulated driver; cuda:0 by the real one.
+others run once. Devices: host; cuda:0 and hip:0 by the simulated driver; cuda:0 by the real
+one.
 
 Python tests run by pytest, on the host and the real GPU, then against the simulated
-driver; skips are told in a line for each reason. The hand-off to each framework has a
-process of its own, since frameworks do not always bear one another; they run where memory
-is what it says, so not on the simulator.
+driver under CUDA's names and under HIP's; skips are told in a line for each reason. The
+hand-off to each framework has a process of its own, since frameworks do not always bear one
+another; they run where memory is what it says, so not on the simulator.
+
+The checks of tests/checks.mk run the C tests alone, built elsewhere: see --help.
 """
 
+import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as xml
@@ -22,10 +27,16 @@ from pathlib import Path
 import reliability
 
 ROOT = Path(__file__).resolve().parent.parent
-SIMULATOR = ROOT / "build/sim/libcuda.so.1"
 TIMEOUT_S = 600
 # Nothing in these depends on a device.
-DEVICELESS = ("test_conformance.py", "test_packaging.py", "test_ptx.py")
+DEVICELESS = (
+    "test_conformance.py",
+    "test_hip.py",
+    "test_packaging.py",
+    "test_ptx.py",
+    "test_typing.py",
+)
+OURS = ("VMM_CUDA_LIBRARY", "VMM_HIP_LIBRARY", "VMM_HIP_KERNELS", "PYVMM_TEST_DEVICE")
 
 GPU_PROBE = """
 import ctypes, sys
@@ -54,18 +65,32 @@ class Totals:
 
 def environment(**extra):
     """Ours, with no driver but the one that is asked for."""
-    clean = {
-        k: v for k, v in os.environ.items() if k not in ("VMM_CUDA_LIBRARY", "PYVMM_TEST_DEVICE")
-    }
+    clean = {k: v for k, v in os.environ.items() if k not in OURS}
     return {**clean, **extra}
 
 
-def find_devices():
+def simulated_cuda(build, **extra):
+    return environment(VMM_CUDA_LIBRARY=str(build / "sim/libcuda.so.1"), **extra)
+
+
+def simulated_hip(build, **extra):
+    """Where no compiler has made kernels for AMD GPUs, a text stands for them, which the
+    simulator knows: it runs C functions either way."""
+    if not (build / "append.hipfb").stat().st_size:
+        print("no HIP compiler: on hip:0, simulated, a text stands for the append kernel")
+        extra["VMM_HIP_KERNELS"] = str(ROOT / "tests/sim/append.simcode")
+    return environment(VMM_HIP_LIBRARY=str(build / "sim/libamdhip64.so"), **extra)
+
+
+def find_devices(build, without_gpu=False):
     """(label, argument, environment) for each way to run a test that takes a device."""
     devices = [("host", "host", environment())]
     # A C test closes all that it opened: what the driver still holds at exit is a leak.
-    simulated = environment(VMM_CUDA_LIBRARY=str(SIMULATOR), VMM_SIM_CHECK_EXIT="1")
-    devices.append(("cuda:0, simulated", "cuda:0", simulated))
+    strict = {"VMM_SIM_CHECK_EXIT": "1"}
+    devices.append(("cuda:0, simulated", "cuda:0", simulated_cuda(build, **strict)))
+    devices.append(("hip:0, simulated", "hip:0", simulated_hip(build, **strict)))
+    if without_gpu:
+        return devices
     probe = subprocess.run([sys.executable, "-c", GPU_PROBE], capture_output=True, text=True)
     if probe.returncode == 0:
         devices.append(("cuda:0", "cuda:0", environment()))
@@ -74,7 +99,7 @@ def find_devices():
     return devices
 
 
-def run_c_test(program, label, arguments, env, totals):
+def run_c_test(program, label, arguments, env, totals, under=()):
     name = f"{program.name} ({label})" if label else program.name
     if not program.exists():
         totals.failed += 1
@@ -82,7 +107,7 @@ def run_c_test(program, label, arguments, env, totals):
         return ""
     try:
         result = subprocess.run(
-            [program, *arguments],
+            [*under, program, *arguments],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -105,17 +130,19 @@ def run_c_test(program, label, arguments, env, totals):
     return output
 
 
-def run_sweeps(totals):
-    """tests/sweep: every call that can fail does, on the host and on simulated drivers; and
-    docs/RELIABILITY.md says so."""
+def run_sweeps(build, under, totals):
+    """tests/sweep: every call that can fail does, on the host and on simulated drivers."""
     sweeps = []
-    failed = totals.failed
     for label, device, extra in reliability.SWEEPS:
-        env = environment(VMM_CUDA_LIBRARY=str(SIMULATOR), **extra)
-        output = run_c_test(reliability.PROGRAM, label, [device, "--json"], env, totals)
+        program, arguments = build / "tests/sweep", [device, "--json"]
+        env = simulated_cuda(build, **extra)
+        output = run_c_test(program, label, arguments, env, totals, under)
         sweeps += reliability.parse(label, output)
-    if totals.failed > failed:
-        return
+    return sweeps
+
+
+def check_page(sweeps, totals):
+    """docs/RELIABILITY.md says what was swept."""
     if reliability.sweeps_table(sweeps) == reliability.section("sweeps"):
         totals.passed += 1
         print("pass  docs/RELIABILITY.md")
@@ -124,16 +151,17 @@ def run_sweeps(totals):
         print("FAIL  docs/RELIABILITY.md: not what was swept: make reliability, and commit it")
 
 
-def run_c_tests(devices):
+def run_c_tests(build, devices, only="", under=()):
     totals = Totals()
-    run_sweeps(totals)
     for source in sorted((ROOT / "tests/c").glob("test_*.c")):
-        program = ROOT / "build/tests/c" / source.stem
+        if not re.search(only, source.stem):
+            continue
+        program = build / "tests/c" / source.stem
         if re.search(r"\bmain\(int argc", source.read_text()):
             for label, argument, env in devices:
-                run_c_test(program, label, [argument], env, totals)
+                run_c_test(program, label, [argument], env, totals, under)
         else:
-            run_c_test(program, "", [], environment(), totals)
+            run_c_test(program, "", [], environment(), totals, under)
     return totals
 
 
@@ -169,31 +197,50 @@ def run_pytest(label, arguments, env):
     return totals
 
 
-def run_python_tests(devices):
+def run_python_tests(build, devices):
     tests = ROOT / "tests/python"
     handoffs = sorted(tests.glob("test_handoff_*.py"))
     real = "host and cuda:0" if devices[-1][0] == "cuda:0" else "host"
     totals = run_pytest(real, [tests, "--ignore-glob=*/test_handoff_*"], environment())
     for path in handoffs:
         totals.add(run_pytest(path.stem, [path], environment()))
-    env = environment(VMM_CUDA_LIBRARY=str(SIMULATOR), PYVMM_TEST_DEVICE="sim")
     ignored = [f"--ignore={tests / name}" for name in DEVICELESS]
     arguments = [tests, "--ignore-glob=*/test_handoff_*", *ignored]
+    env = simulated_cuda(build, PYVMM_TEST_DEVICE="sim")
     totals.add(run_pytest("simulated cuda:0", arguments, env))
+    env = simulated_hip(build, PYVMM_TEST_DEVICE="sim-hip")
+    totals.add(run_pytest("simulated hip:0", arguments, env))
     return totals
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Run the tests.")
+    parser.add_argument("--build", type=Path, default=ROOT / "build", help="where they were built")
+    parser.add_argument("--c-only", action="store_true", help="C tests, no real GPU, no Python")
+    parser.add_argument("--only", default="", help="C tests whose names match this expression")
+    parser.add_argument("--under", type=shlex.split, default=[], help="command that runs each")
+    return parser.parse_args()
 
 
 def main():
     sys.stdout.reconfigure(line_buffering=True)
-    if not SIMULATOR.exists():
+    arguments = parse_arguments()
+    build = arguments.build.resolve()
+    if not all((build / "sim" / name).exists() for name in ("libcuda.so.1", "libamdhip64.so")):
         sys.exit("the simulated driver was not built: run the tests by make")
-    devices = find_devices()
-    c_totals = run_c_tests(devices)
-    python_totals = run_python_tests(devices)
-    print(f"\nC tests: {c_totals}\nPython tests: {python_totals}")
-    c_totals.add(python_totals)
-    print(c_totals)
-    return 1 if c_totals.failed or not c_totals.passed else 0
+    devices = find_devices(build, without_gpu=arguments.c_only)
+    totals = run_c_tests(build, devices, arguments.only, arguments.under)
+    if re.search(arguments.only, "sweep"):
+        failed = totals.failed
+        sweeps = run_sweeps(build, arguments.under, totals)
+        if totals.failed == failed and not arguments.c_only:
+            check_page(sweeps, totals)
+    if not arguments.c_only:
+        python_totals = run_python_tests(build, devices)
+        print(f"\nC tests: {totals}\nPython tests: {python_totals}")
+        totals.add(python_totals)
+    print(totals)
+    return 1 if totals.failed or not totals.passed else 0
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ typedef struct vmm_device_info {
     size_t total_bytes;       /* physical memory of the device */
     int driver_version;       /* CUDA: 13000 for 13.0; HIP: 60342134 for 6.3.42134; host: 0 */
     int exportable_handles;   /* 1 if blocks could be exported as file descriptors */
-    char kernel[32]; /* which form of the append kernel is used: "fatbin", "ptx", "hipfb", "memcpy" */
+    char kernel[32];          /* the append kernel's form: "fatbin", "ptx", "hipfb", "memcpy" */
 } vmm_device_info;
 
 /* vmm_device_query() - fill `out`. Makes a dozen driver calls; not for a hot path.
@@ -238,7 +238,8 @@ VMM_API vmm_status vmm_pool_close(vmm_pool *pool);
 
 /* vmm_pool_release() - give the pool up without failing and without a driver call: from a
  * destructor, on any thread. Tensors of it go on. What it holds is returned by a later
- * call on any pool of the device, once nothing uses it. NULL is ignored. */
+ * call on any pool of the device, once nothing uses it. Capture brackets of it that are open
+ * end. NULL is ignored. */
 VMM_API void vmm_pool_release(vmm_pool *pool);
 
 typedef void *vmm_stream; /* a CUstream. NULL is the legacy default stream. Ignored on the host */

@@ -124,8 +124,12 @@ vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tenso
         *submitted |= !status;
     } while (!status && next_run(&pieces, pieces.n_outer, index, &dst, &src));
     /* Pinned memory is read after the call has returned. Also behind a failure: earlier
-     * copies may still be reading. */
+     * copies may still be reading; the failure that counts is then the first. */
+    if (status)
+        vmm_undo_begin();
     vmm_status waited = DRIVER(pool, tensor_calls, stream_synchronize, stream);
+    if (status)
+        vmm_undo_end();
     if (!waited)
         free(staging);
     else if (staging)

@@ -9,7 +9,7 @@
  * Every entry returns a status and, when it fails, has recorded the driver's code and its
  * call's name by vmm_fail_driver(). Entries are thread-safe, leave the caller's current
  * context and capture mode as they found them, and never wait for the device unless their
- * name says synchronize.
+ * name says synchronize, or fence_waits() that fence does.
  */
 #ifndef VMM_DRIVER_H
 #define VMM_DRIVER_H
@@ -77,6 +77,8 @@ typedef struct driver_ops {
     vmm_status (*event_synchronize)(void *state, driver_event event);
     /* Record `event` behind everything submitted to the device so far, on every stream. */
     vmm_status (*fence)(void *state, driver_event event);
+    /* Does fence wait for the device, for want of such an event? */
+    bool (*fence_waits)(void *state);
 } driver_ops;
 
 extern const driver_ops driver_host_ops;

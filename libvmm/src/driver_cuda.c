@@ -274,4 +274,9 @@ static vmm_status record_fence(const gpu_device *device, CUevent event) {
     return record_waited_fence(event);
 }
 
+static bool fence_waits(void *state) {
+    (void)state;
+    return !driver.calls.cuCtxRecordEvent;
+}
+
 const driver_ops driver_cuda_ops = {.kind = VMM_DEVICE_CUDA, GPU_DRIVER_OPS};

@@ -46,6 +46,7 @@ static gpu_stream stream_of(vmm_stream stream);
 static vmm_status check_stream(const gpu_device *device, gpu_stream stream);
 static vmm_status is_exportable(const gpu_device *device, int *out);
 static vmm_status record_fence(const gpu_device *device, gpu_event event);
+static bool fence_waits(void *state);
 
 static void after_fork_in_child(void) {
     pthread_mutex_init(&driver.lock, NULL);
@@ -148,9 +149,9 @@ static vmm_status open_library(const char *variable, const char *const *names, v
             if (error && !strstr(error, "No such file") && !why)
                 why = strdup(error);
         }
-    vmm_status status = vmm_fail(
-        VMM_ERR_NO_DRIVER, "device_open", "no " GPU_VENDOR " driver: %s%s; device='host' works",
-        why ? why : names[0], why ? "" : " not found");
+    vmm_status status = vmm_fail(VMM_ERR_NO_DRIVER, "device_open",
+                                 "no " GPU_VENDOR " driver: %s%s; device='host' works",
+                                 why ? why : names[0], why ? "" : " not found");
     free((char *)why);
     return status;
 }
@@ -289,7 +290,8 @@ static vmm_status gpu_reserve(void *state, size_t bytes, size_t alignment, uintp
     vmm_status status = enter_relaxed(state, &visit);
     if (status)
         return status;
-    gpu_result code = driver.calls.GPU(MemAddressReserve)(&base, bytes, alignment, (gpu_address)0, 0);
+    gpu_result code =
+        driver.calls.GPU(MemAddressReserve)(&base, bytes, alignment, (gpu_address)0, 0);
     if (code != GPU_SUCCESS) {
         /* Addresses, not memory, whatever the code: giving memory back would not help. */
         vmm_size_text size;
@@ -336,7 +338,9 @@ static vmm_status gpu_release(void *state, driver_handle handle, size_t bytes) {
 static vmm_status gpu_map(void *state, uintptr_t address, size_t bytes, driver_handle handle) {
     visit visit;
     vmm_status status = enter_relaxed(state, &visit);
-    return status ? status : leave(&visit, CALL(GPU(MemMap), (gpu_address)address, bytes, 0, (gpu_handle)(uintptr_t)handle, 0));
+    return status ? status
+                  : leave(&visit, CALL(GPU(MemMap), (gpu_address)address, bytes, 0,
+                                       (gpu_handle)(uintptr_t)handle, 0));
 }
 
 static vmm_status gpu_unmap(void *state, uintptr_t address, size_t bytes) {
@@ -370,16 +374,20 @@ static vmm_status gpu_set_access(void *state, uintptr_t address, size_t bytes) {
 /* ---- Work on streams -------------------------------------------------------------- */
 
 static vmm_status gpu_copy(void *state, uintptr_t dst, const void *src, size_t bytes,
-                            vmm_stream stream) {
+                           vmm_stream stream) {
     visit visit;
     vmm_status status = enter_relaxed(state, &visit);
-    return status ? status : leave(&visit, CALL(GPU(MemcpyHtoDAsync), (gpu_address)dst, (void *)src, bytes, stream_of(stream)));
+    return status ? status
+                  : leave(&visit, CALL(GPU(MemcpyHtoDAsync), (gpu_address)dst, (void *)src, bytes,
+                                       stream_of(stream)));
 }
 
 static vmm_status gpu_fill(void *state, uintptr_t dst, size_t bytes, vmm_stream stream) {
     visit visit;
     vmm_status status = enter_relaxed(state, &visit);
-    return status ? status : leave(&visit, CALL(GPU(MemsetD8Async), (gpu_address)dst, 0, bytes, stream_of(stream)));
+    return status ? status
+                  : leave(&visit,
+                          CALL(GPU(MemsetD8Async), (gpu_address)dst, 0, bytes, stream_of(stream)));
 }
 
 /* One thread for each unit of the largest job, until the device is full: then each takes
@@ -396,13 +404,14 @@ static vmm_status launch(const gpu_device *device, gpu_function kernel, const vo
     void *parameters[] = {(void *)args};
     vmm_status status = enter(device, &visit);
     if (!status)
-        status = leave(&visit, CALL(GPU(LaunchKernel), kernel, (unsigned)n_blocks, (unsigned)n_jobs, 1,
-                                    VMM_APPEND_BLOCK_THREADS, 1, 1, 0, stream_of(stream), parameters, NULL));
+        status = leave(&visit, CALL(GPU(LaunchKernel), kernel, (unsigned)n_blocks, (unsigned)n_jobs,
+                                    1, VMM_APPEND_BLOCK_THREADS, 1, 1, 0, stream_of(stream),
+                                    parameters, NULL));
     return status;
 }
 
 static vmm_status gpu_launch(void *state, const vmm_append_args *args, size_t n_jobs,
-                              vmm_stream stream) {
+                             vmm_stream stream) {
     const gpu_device *device = state;
     uint64_t n_units = 0;
     for (size_t i = 0; i < n_jobs; i++)
@@ -411,7 +420,7 @@ static vmm_status gpu_launch(void *state, const vmm_append_args *args, size_t n_
 }
 
 static vmm_status gpu_launch_wide(void *state, const vmm_append_args_wide *args, size_t n_jobs,
-                                   vmm_stream stream) {
+                                  vmm_stream stream) {
     const gpu_device *device = state;
     uint64_t n_units = 0;
     for (size_t i = 0; i < n_jobs; i++)
@@ -438,7 +447,8 @@ static vmm_status gpu_stream_capture(void *state, vmm_stream stream, uint64_t *c
         return status;
     /* The default stream cannot say while a stream that it waits for is captured; that is an
      * error of its own (STREAM_CAPTURE_IMPLICIT), which becomes VMM_ERR_CAPTURING. */
-    status = leave(&visit, CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, &id, NULL, NULL, NULL));
+    status = leave(&visit, CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, &id, NULL,
+                                NULL, NULL));
     if (status)
         return status;
     if (capture == GPU_CAPTURE_STATUS_INVALIDATED)
@@ -501,7 +511,8 @@ static vmm_status gpu_event_query(void *state, driver_event event, bool *done) {
         return status;
     gpu_result code = driver.calls.GPU(EventQuery)(event);
     *done = code == GPU_SUCCESS;
-    return leave(&visit, code == GPU_ERROR_NOT_READY ? VMM_OK : checked(code, GPU_NAME(EventQuery)));
+    return leave(&visit,
+                 code == GPU_ERROR_NOT_READY ? VMM_OK : checked(code, GPU_NAME(EventQuery)));
 }
 
 static vmm_status gpu_event_synchronize(void *state, driver_event event) {
@@ -533,6 +544,6 @@ static vmm_status gpu_fence(void *state, driver_event event) {
     .stream_synchronize = gpu_stream_synchronize, .event_create = gpu_event_create,                \
     .event_destroy = gpu_event_destroy, .event_record = gpu_event_record,                          \
     .event_wait = gpu_event_wait, .event_query = gpu_event_query,                                  \
-    .event_synchronize = gpu_event_synchronize, .fence = gpu_fence
+    .event_synchronize = gpu_event_synchronize, .fence = gpu_fence, .fence_waits = fence_waits
 
 #endif /* VMM_DRIVER_GPU_H */

@@ -151,7 +151,8 @@ static vmm_status load(void) {
     if (status)
         return status;
     hipError_t code = driver.calls.hipInit(0);
-    if (code == hipErrorNoDevice)
+    /* Without a GPU, ROCm 5 says the second. */
+    if (code == hipErrorNoDevice || code == hipErrorInvalidDevice)
         return fail(VMM_ERR_NO_DEVICE, code, "hipInit", "; device='host' works");
     if (code != hipSuccess)
         return fail(VMM_ERR_NO_DRIVER, code, "hipInit", "; device='host' works");
@@ -269,5 +270,9 @@ static vmm_status record_fence(const gpu_device *device, hipEvent_t event) {
     return record_waited_fence(event);
 }
 
-const driver_ops driver_hip_ops = {
-    .kind = VMM_DEVICE_HIP, .access_by_block = true, GPU_DRIVER_OPS};
+static bool fence_waits(void *state) {
+    (void)state;
+    return true;
+}
+
+const driver_ops driver_hip_ops = {.kind = VMM_DEVICE_HIP, .access_by_block = true, GPU_DRIVER_OPS};

@@ -27,6 +27,7 @@ typedef enum hipError_t {
     hipErrorInvalidValue = 1,
     hipErrorOutOfMemory = 2,
     hipErrorNoDevice = 100,
+    hipErrorInvalidDevice = 101,
     hipErrorNoBinaryForGpu = 209,
     hipErrorNotReady = 600,
     /* What a call has to say about a stream capture lies between these two. */

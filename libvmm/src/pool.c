@@ -300,23 +300,27 @@ static bool may_fence(pool_work *work) {
 }
 
 /* Take back what can be: without `wait` what a fence has released by now, recording one if
- * none is pending; with it everything that was queued on entry. */
+ * none is pending and that does not wait either; with it everything that was queued on entry. */
 static vmm_status reclaim(pool_work *work, bool wait) {
     vmm_pool *pool = work->pool;
     vmm_status first = VMM_OK, status;
     if (!pool->device->ops->is_async)
         return reclaim_covered(work, false);
+    work->waited |= wait;
     if (pool->fence) {
         first = settle_fence(work, wait);
     }
     if (!first && !pool->fence && needs_fence(pool)) {
+        bool may_wait = wait || !pool->device->ops->fence_waits(pool->device->state);
         pthread_mutex_lock(&pool->device->fence_lock);
-        first = may_fence(work) ? record_fence(work)
-                                : vmm_fail(VMM_ERR_CAPTURING, "fence",
-                                           "queued memory can only be had behind a fence, and a "
-                                           "stream is being captured");
+        if (!may_fence(work))
+            first = vmm_fail(VMM_ERR_CAPTURING, "fence",
+                             "queued memory can only be had behind a fence, and a stream is "
+                             "being captured");
+        else if (may_wait)
+            first = record_fence(work);
         pthread_mutex_unlock(&pool->device->fence_lock);
-        if (!first)
+        if (!first && pool->fence)
             first = settle_fence(work, wait);
     }
     status = reclaim_covered(work, false);
@@ -345,12 +349,12 @@ static void retry_parked(pool_work *work) {
 }
 
 void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
-    *work = (pool_work){pool, tensor_calls, stream};
+    *work = (pool_work){pool, tensor_calls, stream, false};
     pthread_mutex_lock(&pool->work);
     retry_parked(work);
 }
 
-static void sweep_abandoned(vmm_device *device, vmm_stream stream);
+static void sweep_abandoned(vmm_device *device, vmm_stream stream, bool wait);
 
 void pool_work_end(pool_work *work) {
     vmm_pool *pool = work->pool;
@@ -358,7 +362,7 @@ void pool_work_end(pool_work *work) {
     pthread_mutex_unlock(&pool->work);
     pool_drain(pool);
     if (vmm_device_has_abandoned(device))
-        sweep_abandoned(device, work->stream);
+        sweep_abandoned(device, work->stream, work->waited);
 }
 
 void pool_drain(vmm_pool *pool) {
@@ -370,7 +374,7 @@ void pool_drain(vmm_pool *pool) {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     while (__atomic_load_n(&pool->has_news, __ATOMIC_ACQUIRE) &&
            pthread_mutex_trylock(&pool->work) == 0) {
-        pool_work work = {pool, NULL, VMM_STREAM_NONE};
+        pool_work work = {pool, NULL, VMM_STREAM_NONE, false};
         __atomic_store_n(&pool->has_news, false, __ATOMIC_RELEASE);
         vmm_undo_begin();
         reclaim_covered(&work, false);
@@ -612,6 +616,17 @@ vmm_status vmm_pool_statistics(vmm_pool *pool, vmm_pool_stats *out) {
     return VMM_OK;
 }
 
+/* No one can end the brackets of a pool that is given up. Without any there is nothing to wait
+ * for: a destructor may be here, and the lock may be held across a fence. */
+static void end_captures(vmm_pool *pool) {
+    if (!pool->captures)
+        return;
+    pthread_mutex_lock(&pool->device->fence_lock);
+    pool->device->captures -= pool->captures;
+    pool->captures = 0;
+    pthread_mutex_unlock(&pool->device->fence_lock);
+}
+
 /* Free a pool that holds nothing any more. */
 static void destroy(vmm_pool *pool) {
     const driver_ops *ops = pool->device->ops;
@@ -622,11 +637,7 @@ static void destroy(vmm_pool *pool) {
         free(event);
     }
     vmm_device *device = pool->device;
-    if (pool->captures) { /* not otherwise: a destructor may be here, and waits for no driver */
-        pthread_mutex_lock(&device->fence_lock);
-        device->captures -= pool->captures;
-        pthread_mutex_unlock(&device->fence_lock);
-    }
+    end_captures(pool);
     pthread_mutex_destroy(&pool->work);
     pthread_mutex_destroy(&pool->lock);
     free(pool->callbacks);
@@ -677,22 +688,23 @@ vmm_status vmm_pool_close(vmm_pool *pool) {
 void vmm_pool_release(vmm_pool *pool) {
     if (!pool || pool->process != vmm_process)
         return;
+    end_captures(pool);
     if (is_empty(pool) && !pool->spare_events)
         destroy(pool);
     else
         vmm_device_abandon(pool->device, pool);
 }
 
-/* Return what abandoned pools hold, as far as it can be had without waiting; destroy those
+/* Return what abandoned pools hold, without `wait` as far as it can be had so; destroy those
  * that are empty, put the others back. */
-static void sweep_abandoned(vmm_device *device, vmm_stream stream) {
+static void sweep_abandoned(vmm_device *device, vmm_stream stream, bool wait) {
     vmm_pool *pool = vmm_device_take_abandoned(device);
     vmm_undo_begin();
     while (pool) {
         vmm_pool *next = pool->next_abandoned;
         pool_work work;
-        pool_work_begin(&work, pool, NULL, stream);
-        reclaim(&work, false);
+        pool_work_begin(&work, pool, NULL, stream); /* what was parked is tried again, too */
+        reclaim(&work, wait);
         release_free(&work, SIZE_MAX);
         pthread_mutex_unlock(&pool->work);
         if (is_empty(pool))

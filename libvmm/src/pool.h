@@ -90,6 +90,7 @@ typedef struct pool_work {
     vmm_pool *pool;
     uint64_t *tensor_calls;
     vmm_stream stream; /* takes part, and may be captured: then no fence. VMM_STREAM_NONE */
+    bool waited;       /* for the device, which the caller has allowed */
 } pool_work;
 
 static inline void pool_count(vmm_pool *pool, uint64_t *tensor_calls, vmm_call call) {

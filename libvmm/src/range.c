@@ -230,8 +230,8 @@ static vmm_status set_access(range *range, size_t lane_index, size_t open_from, 
     size_t end = lane->live_bytes;
     for (size_t i = lane->n_live; i-- > 0 && end > open_from && !status;) {
         end -= lane->blocks[i]->bytes;
-        status = DRIVER(range->pool, work->tensor_calls, set_access, base + end,
-                        lane->blocks[i]->bytes);
+        status =
+            DRIVER(range->pool, work->tensor_calls, set_access, base + end, lane->blocks[i]->bytes);
     }
     return status;
 }

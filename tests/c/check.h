@@ -3,8 +3,9 @@
  *
  *   CHECK, CHECK_OK, CHECK_STATUS   end the program with file and line
  *   struct fixture                  a device and a pool, from argv[1]
- *   cuda()                          the CUDA driver that libvmm uses, called directly
+ *   cuda()                          the GPU driver that libvmm uses, called directly
  *   model_*                         what a tensor must hold, row by row
+ *   in_child()                      a test in a process of its own
  */
 #ifndef CHECK_H
 #define CHECK_H
@@ -17,6 +18,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <vmm.h>
 
@@ -24,6 +27,17 @@
 #define MIB ((size_t)1 << 20)
 #define GIB ((size_t)1 << 30)
 #define LENGTH_OF(array) (sizeof(array) / sizeof(array)[0])
+
+/* Limits on memory mean nothing under a sanitizer, which needs much itself, and under valgrind,
+ * which does not enforce them. */
+static inline bool has_memory_limits(void) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    return false;
+#else
+    const char *preloaded = getenv("LD_PRELOAD");
+    return !preloaded || !strstr(preloaded, "vgpreload");
+#endif
+}
 
 #define FAIL(...)                                                                                  \
     do {                                                                                           \
@@ -67,41 +81,46 @@
 
 #define CHECK_OK(call) CHECK_STATUS(call, VMM_OK)
 
-/* ---- the CUDA driver, for what libvmm does not do ---------------------------------- */
+/* ---- the GPU's driver, for what libvmm does not do ----------------------------------- */
 
 typedef unsigned long long cu_pointer;
 
-/* X(name, symbol, parameters) */
+/* X(name, CUDA's symbol, HIP's, parameters). HIP has pointers where CUDA has addresses, which
+ * are passed in the same way, and no contexts: there its symbol is NULL. */
 #define CUDA_CALLS(X)                                                                              \
-    X(init, "cuInit", (unsigned))                                                                  \
-    X(device_get, "cuDeviceGet", (int *, int))                                                     \
-    X(retain, "cuDevicePrimaryCtxRetain", (void **, int))                                          \
-    X(set_current, "cuCtxSetCurrent", (void *))                                                    \
-    X(get_current, "cuCtxGetCurrent", (void **))                                                   \
-    X(synchronize, "cuCtxSynchronize", (void))                                                     \
-    X(memory_info, "cuMemGetInfo_v2", (size_t *, size_t *))                                        \
-    X(alloc, "cuMemAlloc_v2", (cu_pointer *, size_t))                                              \
-    X(free, "cuMemFree_v2", (cu_pointer))                                                          \
-    X(to_host, "cuMemcpyDtoH_v2", (void *, cu_pointer, size_t))                                    \
-    X(to_device, "cuMemcpyHtoD_v2", (cu_pointer, const void *, size_t))                            \
-    X(to_host_async, "cuMemcpyDtoHAsync_v2", (void *, cu_pointer, size_t, void *))                 \
-    X(to_device_async, "cuMemcpyHtoDAsync_v2", (cu_pointer, const void *, size_t, void *))         \
-    X(host_alloc, "cuMemHostAlloc", (void **, size_t, unsigned))                                   \
-    X(host_free, "cuMemFreeHost", (void *))                                                        \
-    X(stream_create, "cuStreamCreate", (void **, unsigned))                                        \
-    X(stream_destroy, "cuStreamDestroy_v2", (void *))                                              \
-    X(stream_synchronize, "cuStreamSynchronize", (void *))                                         \
-    X(host_function, "cuLaunchHostFunc", (void *, void (*)(void *), void *))                       \
-    X(begin_capture, "cuStreamBeginCapture_v2", (void *, int))                                     \
-    X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode", (int *))                         \
-    X(end_capture, "cuStreamEndCapture", (void *, void **))                                        \
-    X(instantiate, "cuGraphInstantiateWithFlags", (void **, void *, unsigned long long))           \
-    X(graph_launch, "cuGraphLaunch", (void *, void *))                                             \
-    X(graph_destroy, "cuGraphDestroy", (void *))                                                   \
-    X(graph_exec_destroy, "cuGraphExecDestroy", (void *))
+    X(init, "cuInit", "hipInit", (unsigned))                                                       \
+    X(device_get, "cuDeviceGet", "hipDeviceGet", (int *, int))                                     \
+    X(retain, "cuDevicePrimaryCtxRetain", NULL, (void **, int))                                    \
+    X(set_current, "cuCtxSetCurrent", NULL, (void *))                                              \
+    X(get_current, "cuCtxGetCurrent", NULL, (void **))                                             \
+    X(synchronize, "cuCtxSynchronize", "hipDeviceSynchronize", (void))                             \
+    X(memory_info, "cuMemGetInfo_v2", "hipMemGetInfo", (size_t *, size_t *))                       \
+    X(alloc, "cuMemAlloc_v2", "hipMalloc", (cu_pointer *, size_t))                                 \
+    X(free, "cuMemFree_v2", "hipFree", (cu_pointer))                                               \
+    X(to_host, "cuMemcpyDtoH_v2", "hipMemcpyDtoH", (void *, cu_pointer, size_t))                   \
+    X(to_device, "cuMemcpyHtoD_v2", "hipMemcpyHtoD", (cu_pointer, const void *, size_t))           \
+    X(to_host_async, "cuMemcpyDtoHAsync_v2", "hipMemcpyDtoHAsync",                                 \
+      (void *, cu_pointer, size_t, void *))                                                        \
+    X(to_device_async, "cuMemcpyHtoDAsync_v2", "hipMemcpyHtoDAsync",                               \
+      (cu_pointer, const void *, size_t, void *))                                                  \
+    X(host_alloc, "cuMemHostAlloc", "hipHostMalloc", (void **, size_t, unsigned))                  \
+    X(host_free, "cuMemFreeHost", "hipHostFree", (void *))                                         \
+    X(stream_create, "cuStreamCreate", "hipStreamCreateWithFlags", (void **, unsigned))            \
+    X(stream_destroy, "cuStreamDestroy_v2", "hipStreamDestroy", (void *))                          \
+    X(stream_synchronize, "cuStreamSynchronize", "hipStreamSynchronize", (void *))                 \
+    X(host_function, "cuLaunchHostFunc", "hipLaunchHostFunc", (void *, void (*)(void *), void *))  \
+    X(begin_capture, "cuStreamBeginCapture_v2", "hipStreamBeginCapture", (void *, int))            \
+    X(exchange_capture_mode, "cuThreadExchangeStreamCaptureMode",                                  \
+      "hipThreadExchangeStreamCaptureMode", (int *))                                               \
+    X(end_capture, "cuStreamEndCapture", "hipStreamEndCapture", (void *, void **))                 \
+    X(instantiate, "cuGraphInstantiateWithFlags", "hipGraphInstantiateWithFlags",                  \
+      (void **, void *, unsigned long long))                                                       \
+    X(graph_launch, "cuGraphLaunch", "hipGraphLaunch", (void *, void *))                           \
+    X(graph_destroy, "cuGraphDestroy", "hipGraphDestroy", (void *))                                \
+    X(graph_exec_destroy, "cuGraphExecDestroy", "hipGraphExecDestroy", (void *))
 
 typedef struct cuda_api {
-#define CUDA_FIELD(name, symbol, parameters) int(*name) parameters;
+#define CUDA_FIELD(name, symbol, hip_symbol, parameters) int(*name) parameters;
     CUDA_CALLS(CUDA_FIELD)
 #undef CUDA_FIELD
 } cuda_api;
@@ -117,37 +136,48 @@ typedef struct cuda_api {
             FAIL("%s returned %d", #call, code_);                                                  \
     } while (0)
 
+/* Whether the test's GPU is AMD's; fixture_open() finds out. One for all files of a program. */
+__attribute__((weak)) bool is_hip;
+
 static inline void *cuda_library(void) {
     static void *library;
 
     if (!library) {
-        const char *path = getenv("VMM_CUDA_LIBRARY");
-        library = dlopen(path && *path ? path : "libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+        const char *path = getenv(is_hip ? "VMM_HIP_LIBRARY" : "VMM_CUDA_LIBRARY");
+        if (!path || !*path)
+            path = is_hip ? "libamdhip64.so" : "libcuda.so.1";
+        library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
         if (!library)
             SKIP("%s", dlerror());
     }
     return library;
 }
 
-/* The driver, with device 0's primary context current on the calling thread. To be called
- * once before other threads do. */
+/* The driver, with device 0 current on the calling thread. To be called once before other
+ * threads do. */
 static inline const cuda_api *cuda(void) {
     static cuda_api api;
+    static bool is_loaded;
     static void *context;
     static _Thread_local bool is_current;
 
-    if (!context) {
-#define CUDA_LOAD(name, symbol, parameters)                                                        \
-    if (!(*(void **)&api.name = dlsym(cuda_library(), symbol)))                                    \
-        FAIL("the driver has no %s", symbol);
+    if (!is_loaded) {
+#define CUDA_LOAD(name, cuda_symbol, hip_symbol, parameters)                                       \
+    {                                                                                              \
+        const char *symbol = is_hip ? hip_symbol : cuda_symbol;                                    \
+        if (symbol && !(*(void **)&api.name = dlsym(cuda_library(), symbol)))                      \
+            FAIL("the driver has no %s", symbol);                                                  \
+    }
         CUDA_CALLS(CUDA_LOAD)
 #undef CUDA_LOAD
         int device;
         CHECK_CUDA(api.init(0));
         CHECK_CUDA(api.device_get(&device, 0));
-        CHECK_CUDA(api.retain(&context, device));
+        if (!is_hip)
+            CHECK_CUDA(api.retain(&context, device));
+        is_loaded = true;
     }
-    if (!is_current) {
+    if (!is_current && !is_hip) {
         CHECK_CUDA(api.set_current(context));
         is_current = true;
     }
@@ -157,8 +187,8 @@ static inline const cuda_api *cuda(void) {
 /* ---- a device and a pool ------------------------------------------------------------ */
 
 typedef struct fixture {
-    const char *name; /* "host", "cuda:0" */
-    bool is_cuda;
+    const char *name; /* "host", "cuda:0", "hip:0" */
+    bool is_cuda;     /* a GPU, AMD's included */
     vmm_device *device;
     vmm_pool *pool;
     size_t granularity_bytes;
@@ -174,7 +204,8 @@ static inline fixture fixture_open(int argc, char **argv, size_t block_bytes, si
         SKIP("%s", vmm_last_error()->message);
     CHECK_OK(status);
     CHECK_OK(vmm_device_query(f.device, &info));
-    f.is_cuda = info.kind == VMM_DEVICE_CUDA;
+    f.is_cuda = info.kind != VMM_DEVICE_HOST;
+    is_hip = info.kind == VMM_DEVICE_HIP;
     f.granularity_bytes = info.granularity_bytes;
     CHECK_OK(vmm_pool_create(f.device, block_bytes, max_bytes, &f.pool));
     return f;
@@ -486,6 +517,22 @@ static inline void model_check_rows(const model *m, size_t begin, size_t end) {
 static inline void model_check(const model *m) {
     model_check_books(m);
     model_check_rows(m, 0, m->length);
+}
+
+/* ---- a process of its own, which has opened nothing yet ------------------------------- */
+
+/* A driver is looked for once in a process. Returns what `test` does. */
+static inline int in_child(int (*test)(void)) {
+    int status;
+    pid_t child = fork();
+
+    CHECK(child >= 0);
+    if (child == 0)
+        exit(test()); /* by exit(), which writes down what was covered */
+    CHECK(waitpid(child, &status, 0) == child);
+    if (!WIFEXITED(status))
+        FAIL("the child ended with status %#x", (unsigned)status);
+    return WEXITSTATUS(status);
 }
 
 /* ---- numbers by chance, the same in every run ---------------------------------------- */

@@ -8,7 +8,12 @@
 
 static const int64_t shape[] = {0, 4096}; /* uint8 */
 
-static int in_child(fixture *f, model *m, vmm_pin *pin) {
+static int on_oom(void *user, size_t needed_bytes) {
+    (void)user, (void)needed_bytes;
+    return 0;
+}
+
+static int be_the_child(fixture *f, model *m, vmm_pin *pin, vmm_event *before) {
     int64_t row_shape[] = {1, 4096};
     uint8_t row[4096] = {0};
     vmm_array source = {.data = row, .dtype = VMM_UINT8, .ndim = 2, .shape = row_shape};
@@ -19,6 +24,9 @@ static int in_child(fixture *f, model *m, vmm_pin *pin) {
     vmm_device *device;
     vmm_pool *pool = NULL;
     vmm_pin *other = NULL;
+    vmm_tensor_stats stats;
+    vmm_event *event = NULL;
+    int done = -1;
     long seen = simulated_calls(f);
 
     CHECK_STATUS(vmm_append(m->tensor, &source, NULL), VMM_ERR_FORKED);
@@ -35,8 +43,19 @@ static int in_child(fixture *f, model *m, vmm_pin *pin) {
     CHECK_STATUS(vmm_pool_statistics(f->pool, &pool_stats), VMM_ERR_FORKED);
     CHECK_STATUS(vmm_pool_create(f->device, 0, 0, &pool), VMM_ERR_FORKED);
     CHECK_STATUS(vmm_device_query(f->device, &info), VMM_ERR_FORKED);
+    CHECK_STATUS(vmm_stats(m->tensor, &stats), VMM_ERR_FORKED);
+    CHECK_STATUS(vmm_pool_on_oom(f->pool, on_oom, NULL), VMM_ERR_FORKED);
+    CHECK_STATUS(vmm_pool_capture_begin(f->pool), VMM_ERR_FORKED);
+    CHECK_STATUS(vmm_pool_capture_end(f->pool), VMM_ERR_FORKED);
+    CHECK_STATUS(vmm_stream_wait(f->device, NULL, NULL), VMM_ERR_FORKED);
+    CHECK_STATUS(vmm_event_record(f->device, NULL, &event), VMM_ERR_FORKED);
+    CHECK_STATUS(vmm_event_query(before, &done), VMM_ERR_FORKED);
+    CHECK(!event && done == -1);
+    vmm_event_close(before);
     CHECK_SIZE(vmm_length(m->tensor), m->length); /* what needs no driver still answers */
     CHECK(strstr(vmm_last_error()->message, "parent"));
+    if (f->is_cuda)
+        CHECK_STATUS(vmm_device_open(f->name, &device), VMM_ERR_FORKED);
 
     vmm_unpin(pin);
     CHECK_OK(vmm_close(m->tensor));
@@ -61,6 +80,7 @@ int main(int argc, char **argv) {
     fixture f = fixture_open(argc, argv, 0, 0);
     vmm_spec spec = {.ndim = 2, .shape = shape, .dtype = VMM_UINT8, .capacity = 5000};
     vmm_pin *pin;
+    vmm_event *event;
     int status;
 
     if (f.is_cuda)
@@ -68,15 +88,13 @@ int main(int argc, char **argv) {
     model m = model_open(&f, &spec);
     model_append(&m, VMM_UINT8, 500, VMM_MEMORY_HOST, NULL);
     CHECK_OK(vmm_pin_rows(m.tensor, 500, &pin));
+    CHECK_OK(vmm_event_record(f.device, NULL, &event));
     synchronize(&f);
 
     pid_t child = fork();
     CHECK(child >= 0);
-    if (child == 0) {
-        status = in_child(&f, &m, pin);
-        fflush(stdout);
-        _exit(status);
-    }
+    if (child == 0)
+        exit(be_the_child(&f, &m, pin, event)); /* by exit(), which writes down what was covered */
     CHECK(waitpid(child, &status, 0) == child);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 
@@ -85,6 +103,7 @@ int main(int argc, char **argv) {
     model_check(&m);
     CHECK_SIZE(vmm_pin_count(m.tensor), 1);
     vmm_unpin(pin);
+    vmm_event_close(event);
     if (!f.is_cuda) { /* touching it there is a fault, not another's data */
         child = fork();
         if (child == 0) {

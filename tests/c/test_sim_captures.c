@@ -160,6 +160,7 @@ static void right_rules_of_the_environment(void) {
 }
 
 static void right_returns(void) {
+    CUdeviceptr memory;
     int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
     usable();
     GIVES(cuMemMap(base, GRANULE, 0, first, 0), CUDA_ERROR_INVALID_VALUE);
@@ -170,7 +171,7 @@ static void right_returns(void) {
     GIVES(cuStreamEndCapture(stream, &graph), CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
     CHECK(!graph);
     captured(CU_STREAM_CAPTURE_MODE_GLOBAL);
-    GIVES(cuMemRelease(first), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    GIVES(cuMemAlloc_v2(&memory, 1), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     OK(cuThreadExchangeStreamCaptureMode(&mode));
     CHECK(mode == CU_STREAM_CAPTURE_MODE_GLOBAL);
     OK(cuMemRelease(first));

@@ -112,8 +112,10 @@ static void right_memory(void) {
     CHECK(*(char *)(uintptr_t)alias == 7);
     OK(cuPointerGetAttribute(&type, CU_POINTER_ATTRIBUTE_MEMORY_TYPE, base));
     CHECK(type == CU_MEMORYTYPE_DEVICE);
-    OK(cuPointerGetAttribute(&is_mapped, CU_POINTER_ATTRIBUTE_MAPPED, base + 7 * GRANULE));
-    CHECK(is_mapped == 0);
+    OK(cuPointerGetAttribute(&is_mapped, CU_POINTER_ATTRIBUTE_MAPPED, base));
+    CHECK(is_mapped == 1);
+    GIVES(cuPointerGetAttribute(&is_mapped, CU_POINTER_ATTRIBUTE_MAPPED, base + 7 * GRANULE),
+          CUDA_ERROR_INVALID_VALUE);
     GIVES(cuPointerGetAttribute(&type, CU_POINTER_ATTRIBUTE_MEMORY_TYPE, (uintptr_t)&alias),
           CUDA_ERROR_INVALID_VALUE);
     sim.vmm_sim_live(&handles, &mappings, &reservations, &bytes);

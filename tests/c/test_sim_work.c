@@ -256,7 +256,7 @@ static const test_case cases[] = {
     MISUSE(launch_misaligned, "is no multiple of 8"),
     MISUSE(launch_other_threads, "made for blocks of 128"),
     RIGHT(right_launch),
-    MISUSE(load_garbage, "neither a fatbin"),
+    MISUSE(load_garbage, "of no kind that is known"),
     RIGHT_WITH(right_old_driver, "VMM_SIM_DRIVER_VERSION", "12000"),
     MISUSE(no_init, "called before cuInit"),
     MISUSE(no_context, "no context is current"),

@@ -62,7 +62,7 @@ static void test_revived_without_access(const fixture *f) {
     let_fail("cuMemSetAccess", UNKNOWN, 1);
     let_fail("cuMemUnmap", UNKNOWN, 2);
     CHECK_STATUS(vmm_grow(m.tensor, 2 * rows, NULL), VMM_ERR_DRIVER);
-    CHECK(strcmp(vmm_last_error()->operation, "cuMemSetAccess") == 0);
+    CHECK(strcmp(vmm_last_error()->operation, is_hip ? "hipMemSetAccess" : "cuMemSetAccess") == 0);
     model_check(&m);
     CHECK_SIZE(vmm_mapped(m.tensor), rows);
     CHECK_SIZE(parked_bytes(f), 2 * f->granularity_bytes);

@@ -10,6 +10,7 @@
  * line, and the next goes on in a new process.
  *
  * Left out, for what the driver does with it is undefined, depends on timing, or harms others:
+ *   - mapping a handle that was released and is mapped nowhere: the H100's driver dies of it
  *   - use of a stream, event, graph or module after its end, and of handles that never were:
  *     the driver follows the pointer
  *   - unmapping what a running kernel touches, and unordered access from two streams: the

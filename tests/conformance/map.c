@@ -199,14 +199,6 @@ static void memory_lives_until_the_release(void) {
     say_memory("released:", before, bytes);
 }
 
-static void map_after_the_release(void) {
-    CUdeviceptr base = new_space(4);
-    CUmemGenericAllocationHandle block = new_block(1);
-    MUST(cuMemRelease, block);
-    TRY(cuMemMap, base, granule, 0, block, 0);
-    say("%s", map_of(base, 4));
-}
-
 static void map_again_after_the_release_while_mapped(void) {
     CUdeviceptr base = new_space(4);
     CUmemGenericAllocationHandle block = put_block(base, 1, RW);
@@ -242,7 +234,6 @@ static const probe probes[] = {
     PROBE(remap_has_no_access),
     PROBE(memory_lives_as_long_as_handle_or_mapping),
     PROBE(memory_lives_until_the_release),
-    ALONE(map_after_the_release),
     ALONE(map_again_after_the_release_while_mapped),
     ALONE(release_twice_while_mapped),
 };

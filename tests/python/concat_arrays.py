@@ -27,6 +27,9 @@ class DeviceArray(cuda_helper.Interface):
         owner = _Memory(memory)
         return cls(memory.pointer, memory.shape, memory.strides, memory.dtype, owner)
 
+    def __dlpack_device__(self):
+        return cuda_helper.DLPACK_TYPE, 0
+
     def get(self):
         return cuda_helper.read(self.pointer, self.shape, self.strides, self.dtype)
 
@@ -49,7 +52,7 @@ class _Exported:
     """Memory of a tensor, by its capsule, for as long as this lives."""
 
     def __init__(self, exporter):
-        self.capsule = exporter.__dlpack__(stream=1, max_version=(1, 0))
+        self.capsule = exporter.__dlpack__(max_version=(1, 0))
 
 
 class _OfDeviceArrays(Framework):

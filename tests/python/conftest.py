@@ -3,7 +3,8 @@
 PYVMM_TEST_DEVICE
     unset   "host", and "cuda:0" where a CUDA driver and a GPU are there
     sim     "cuda:0" on the simulated driver, which VMM_CUDA_LIBRARY names
-    a name  that device alone ("host", "cuda:0")
+    sim-hip "hip:0" on the simulated driver under HIP's names, which VMM_HIP_LIBRARY names
+    a name  that device alone ("host", "cuda:0", "hip:0")
 """
 
 import functools
@@ -15,13 +16,13 @@ import pytest
 import cuda_helper
 import pyvmm
 
-SIMULATED = os.environ.get("PYVMM_TEST_DEVICE") == "sim"
+SIMULATED = os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip")
 
 
 def _find_devices():
     chosen = os.environ.get("PYVMM_TEST_DEVICE")
     if SIMULATED:
-        return ["cuda:0"]
+        return [cuda_helper.NAME]
     if chosen:
         return [chosen]
     try:
@@ -56,9 +57,10 @@ def host():
 
 @pytest.fixture
 def cuda():
-    if "cuda:0" not in DEVICES:
+    """The GPU, whose ever it is."""
+    if cuda_helper.NAME not in DEVICES:
         pytest.skip("no CUDA device; PYVMM_TEST_DEVICE=sim runs this on the simulated driver")
-    return "cuda:0"
+    return cuda_helper.NAME
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def full_device(cuda):
 def pytest_collection_modifyitems(items):
     """A test of CUDA that takes its tensors from fixtures for every device has no case of the
     host; where there is no other, it stays, to say that it was skipped."""
-    if "cuda:0" not in DEVICES:
+    if cuda_helper.NAME not in DEVICES:
         return
     items[:] = [
         item

@@ -1,6 +1,7 @@
-"""CUDA for the tests by ctypes: device memory, streams, and arrays that name their stream.
+"""A GPU for the tests by ctypes: device memory, streams, and arrays that name their stream.
 
-Everything comes from the driver library that pyvmm itself loads, real or simulated.
+Everything comes from the driver library that pyvmm itself loads, real or simulated: CUDA's, or
+HIP's where PYVMM_TEST_DEVICE says so. Calls have CUDA's names here.
 """
 
 import contextlib
@@ -15,7 +16,23 @@ import numpy as np
 
 import dlpack_struct
 
-LIBRARY = os.environ.get("VMM_CUDA_LIBRARY") or "libcuda.so.1"
+IS_HIP = os.environ.get("PYVMM_TEST_DEVICE", "") in ("sim-hip", "hip:0")
+if IS_HIP:
+    LIBRARY = os.environ.get("VMM_HIP_LIBRARY") or "libamdhip64.so"
+else:
+    LIBRARY = os.environ.get("VMM_CUDA_LIBRARY") or "libcuda.so.1"
+NAME = "hip:0" if IS_HIP else "cuda:0"
+DLPACK_TYPE = dlpack_struct.ROCM if IS_HIP else dlpack_struct.CUDA
+DEFAULT_STREAM = 0 if IS_HIP else 1  # as DLPack names it
+# What HIP calls by another name than CUDA's with "hip" before it.
+HIP_NAMES = {
+    "cuCtxSynchronize": "hipDeviceSynchronize",
+    "cuEventCreate": "hipEventCreateWithFlags",
+    "cuLaunchKernel": "hipModuleLaunchKernel",
+    "cuMemAlloc": "hipMalloc",
+    "cuMemFree": "hipFree",
+    "cuStreamCreate": "hipStreamCreateWithFlags",
+}
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no order with the legacy default stream
 NOT_READY = 600
 
@@ -28,17 +45,35 @@ def load():
     return ctypes.CDLL(LIBRARY)
 
 
+def driver_name(name):
+    """What the driver that is tested calls CUDA's call of that name."""
+    if not IS_HIP:
+        return name
+    name = name.removesuffix("_v2")
+    return HIP_NAMES.get(name, f"hip{name[2:]}")
+
+
 def call(name, *args):
     """One driver call; a failure is a RuntimeError with the driver's code."""
-    code = getattr(load(), name)(*args)
+    code = getattr(load(), driver_name(name))(*args)
     if code:
         raise RuntimeError(f"{name} failed with {code}")
 
 
 @contextlib.contextmanager
 def context():
-    """The primary context of device 0, current on this thread for the while."""
+    """The primary context of device 0, current on this thread for the while; of HIP, device 0."""
     global _context
+    if IS_HIP:
+        before = ctypes.c_int()
+        call("cuInit", 0)
+        call("cuGetDevice", ctypes.byref(before))
+        call("cuSetDevice", 0)
+        try:
+            yield
+        finally:
+            call("cuSetDevice", before)
+        return
     if _context is None:
         call("cuInit", 0)
         primary = ctypes.c_void_p()
@@ -52,6 +87,11 @@ def context():
 
 
 def current_context():
+    """The thread's context; its device's number in HIP."""
+    if IS_HIP:
+        device = ctypes.c_int()
+        call("cuGetDevice", ctypes.byref(device))
+        return device.value
     current = ctypes.c_void_p()
     call("cuCtxGetCurrent", ctypes.byref(current))
     return current.value
@@ -87,7 +127,7 @@ class Stream:
 
     def is_done(self):
         with context():
-            code = load().cuStreamQuery(self.handle)
+            code = getattr(load(), driver_name("cuStreamQuery"))(self.handle)
         if code not in (0, NOT_READY):
             raise RuntimeError(f"cuStreamQuery failed with {code}")
         return code == 0
@@ -213,7 +253,7 @@ class CapsuleArray(DeviceArray):
 
     def __init__(self, array):
         super().__init__(array)
-        device = (dlpack_struct.CUDA, 0)
+        device = (DLPACK_TYPE, 0)
         self.producer = dlpack_struct.Producer(
             self.pointer, self.shape, self.strides, self.dtype, device
         )

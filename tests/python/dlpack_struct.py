@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 
-CPU, CUDA, CUDA_HOST = 1, 2, 3
+CPU, CUDA, CUDA_HOST, ROCM = 1, 2, 3, 10
 READ_ONLY, COPIED = 1, 2
 CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
 

@@ -185,6 +185,7 @@ class Machine(RuleBasedStateMachine):
     """Tensors of one shape and dtype: in any layout, pool and capacity."""
 
     device = None
+    n_steps = 0
 
     @initialize(
         shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
@@ -200,7 +201,8 @@ class Machine(RuleBasedStateMachine):
         self.pools, self.tensors, self.given_up = [], [], 0
         self.arrays, self.seed, self.next_capture = [], 0, 0
         self.unraisable, self.hook = [], sys.unraisablehook
-        sys.unraisablehook = self.unraisable.append
+        # The type alone: a traceback would keep what the frames below it hold.
+        sys.unraisablehook = lambda told: self.unraisable.append(told.exc_type)
         if SIMULATED:
             # What is wrong is told by an invariant, so that hypothesis can say how it came.
             cuda_helper.load().vmm_sim_strict(0)
@@ -216,7 +218,9 @@ class Machine(RuleBasedStateMachine):
         if self.on_host:
             return None
         cuda_helper.synchronize()
-        pyvmm.default_pool(self.device).trim(wait=True)
+        for _ in range(3):  # a pool that was given up takes a fence first, then looks at it
+            pyvmm.default_pool(self.device).trim(wait=True)
+            cuda_helper.synchronize()
         return Live.now() if SIMULATED else None
 
     def attempt(self, operation, fault=None, **refusals):
@@ -233,14 +237,12 @@ class Machine(RuleBasedStateMachine):
         try:
             return True, operation()
         except (pyvmm.VMMError, BufferError, ValueError) as error:
-            if simulator:
-                simulator.vmm_sim_fail_none()
-                if simulator.vmm_sim_failed() > n_failed:
-                    # A stream that the driver does not answer for is an argument that is wrong.
-                    assert isinstance(error, pyvmm.VMMError) or "cuStreamGetCtx" in str(error)
-                    error = None
-            if error is not None and not refusals.get(type(error).__name__):
-                raise
+            if not refusals.get(type(error).__name__):
+                if not simulator or simulator.vmm_sim_failed() == n_failed:
+                    raise
+                # A stream that the driver does not answer for is an argument that is wrong.
+                if not isinstance(error, pyvmm.VMMError) and "cuStreamGetCtx" not in str(error):
+                    raise
         finally:
             if simulator:
                 simulator.vmm_sim_fail_none()
@@ -619,12 +621,12 @@ class Machine(RuleBasedStateMachine):
         tracked, stream = self.pick(n), self.stream(stream)
         n_rows = int(tracked.model.length * share)
         if isinstance(stream, cuda_helper.Stream) and tracked.model.array.nbytes:
-            # A reader that is still at work: it waits for the last append, and what
-            # overwrites the rows waits for it.
+            # A reader of the last row that is still at work: it waits for the last append,
+            # and what overwrites the row waits for it.
             tracked.t.__dlpack__(stream=int(stream))
             n_bytes = self.dtype.itemsize
             scratch = self.on_device(cuda_helper.DeviceArray, np.zeros(n_bytes, np.uint8))
-            scratch.copy_from(tracked.t.ptr, stream)
+            scratch.copy_from(tracked.t[-1:].ptr, stream)
         shrunk, _ = self.attempt(
             lambda: tracked.t.truncate(n_rows, stream=self.number(stream)),
             fault,
@@ -740,6 +742,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def tensors_are_as_the_models(self):
+        self.n_steps += 1
         for tracked in self.tensors:
             t, model = tracked.t, tracked.model
             assert (t.ptr, t.strides) == (tracked.address, tracked.strides)
@@ -756,8 +759,9 @@ class Machine(RuleBasedStateMachine):
             if tracked.auto and tracked.fresh:
                 in_use = model.length * row_bytes
                 assert stats["mapped_bytes"] / lanes - in_use <= in_use / 8 + self.block
-            start = 0 if model.array.nbytes < 4096 else max(0, model.length - 20)
-            assert same(to_numpy(t[start:]), model.rows(start, model.length))
+            if self.n_steps % 4 == 0:  # looking waits for the device
+                start = 0 if model.array.nbytes < 4096 else max(0, model.length - 20)
+                assert same(to_numpy(t[start:]), model.rows(start, model.length))
 
     @invariant()
     def books_are_right(self):
@@ -785,7 +789,7 @@ class Machine(RuleBasedStateMachine):
             simulator.vmm_sim_last_report.restype = ctypes.c_char_p
             assert not simulator.vmm_sim_reports(), simulator.vmm_sim_last_report()
         if self.tensors:
-            assert all(told.exc_type is KeyError for told in self.unraisable), self.unraisable
+            assert {*self.unraisable} <= {KeyError}, self.unraisable
 
     def teardown(self):
         if not hasattr(self, "live"):
@@ -826,4 +830,4 @@ class Machine(RuleBasedStateMachine):
         for stream in self.streams.values():
             stream.close()
         now = self.settle()
-        assert now is None or list(now) == list(self.live)
+        assert now is None or list(now) == list(self.live), (list(now), list(self.live))

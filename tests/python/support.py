@@ -50,11 +50,15 @@ def smallest_block(device):
 
 
 def run_python(code, *, check=True, **environment):
-    """Run a program in a new interpreter; with `check` it must succeed and say nothing on
+    """Run a program, which calls the GPU "cuda:0" whosever it is, in a new interpreter; with
+    `check` it must succeed and say nothing on
     stderr. Its stdout is the result."""
+    program = textwrap.dedent(code)
+    if cuda_helper.IS_HIP:
+        program = program.replace("cuda:", "hip:")
     result = subprocess.run(
         # Python warns of any fork while a thread runs, and the CUDA driver has some.
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(code)],
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program],
         env={**os.environ, "PYTHONPATH": _MODULES, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,

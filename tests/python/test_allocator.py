@@ -4,6 +4,7 @@ import ctypes
 
 import pytest
 
+import cuda_helper
 import pyvmm
 from pyvmm._allocator import Allocator, bind
 from support import held, run_python
@@ -25,7 +26,7 @@ def entries(pool):
 @pytest.fixture(scope="module")
 def bound():
     try:
-        return pyvmm.Pool("cuda:0", max_bytes="64MiB")
+        return pyvmm.Pool(cuda_helper.NAME, max_bytes="64MiB")
     except pyvmm.VMMError as error:
         pytest.skip(str(error))
 
@@ -76,9 +77,9 @@ def test_what_cannot_be_served(bound):
 
 def test_one_pool_for_each_device(bound):
     assert bind(bound) == bind(bound)
-    with pyvmm.Pool("cuda:0") as other, pytest.raises(ValueError, match="another pool"):
+    with pyvmm.Pool(cuda_helper.NAME) as other, pytest.raises(ValueError, match="another pool"):
         bind(other)
-    with pyvmm.Pool("cuda:0") as other:
+    with pyvmm.Pool(cuda_helper.NAME) as other:
         pass
     with pytest.raises(pyvmm.VMMError, match="closed"):
         bind(other)

@@ -128,7 +128,8 @@ def block_of(cuda, pool, n_blocks=1):
 def test_failed_fence_is_tried_again(cuda, simulator):
     pool = pyvmm.Pool(cuda)
     block_of(cuda, pool).close()
-    simulator.vmm_sim_fail(b"cuCtxRecordEvent", 1, 900, 1)
+    fence = b"hipDeviceSynchronize" if cuda_helper.IS_HIP else b"cuCtxRecordEvent"
+    simulator.vmm_sim_fail(fence, 1, 900, 1)
     with pytest.raises(pyvmm.VMMError):
         pool.trim(wait=True)
     assert pool.stats()["queued_bytes"] > 0

@@ -240,7 +240,7 @@ def alive():
         "maps": sum(1 for _ in open("/proc/self/maps")),
         "files": len(os.listdir("/proc/self/fd")),
     }
-    if DEVICE != "host" and os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+    if DEVICE != "host" and os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
         cuda_helper.synchronize()
         live = [ctypes.c_longlong() for _ in range(8)]
         simulator = cuda_helper.load()

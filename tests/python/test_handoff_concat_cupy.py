@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-if os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
     pytest.skip(
         "the simulated driver's memory is not a GPU's: CuPy cannot use it", allow_module_level=True
     )

@@ -29,7 +29,7 @@ VIEW = torch.Tensor.view
 
 
 def devices():
-    if os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+    if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
         return ["cpu"]  # the simulated driver's memory is not a GPU's
     return ["cpu", "cuda:0"] if torch.cuda.is_available() else ["cpu"]
 

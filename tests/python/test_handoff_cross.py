@@ -59,7 +59,7 @@ def test_one_frameworks_view_is_anothers_source():
 
 
 def test_torch_cupy_and_jax_on_the_gpu():
-    if os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+    if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
         pytest.skip("the simulated driver's memory is not a GPU's")
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")

@@ -14,7 +14,7 @@ import pytest
 
 from model import pattern, same
 
-if os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
     pytest.skip(
         "the simulated driver's memory is not a GPU's: CuPy cannot use it", allow_module_level=True
     )

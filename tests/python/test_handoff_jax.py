@@ -48,7 +48,7 @@ FLOAT8 = ["float8_e4m3fn", "float8_e5m2"]
 def device(request):
     if request.param == "host":
         return request.param
-    if os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+    if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
         pytest.skip("the simulated driver's memory is not a GPU's: JAX cannot use it")
     try:
         jax.devices("gpu")

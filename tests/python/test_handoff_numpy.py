@@ -40,7 +40,7 @@ EXTENDED = [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
 @pytest.fixture
 def cuda():
     """A real GPU's name, found without any framework."""
-    if os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+    if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
         pytest.skip("the simulated driver's memory is not a GPU's")
     try:
         pyvmm.Pool("cuda:0").close()

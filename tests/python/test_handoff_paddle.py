@@ -46,7 +46,7 @@ DTYPES = [
 def device(request):
     if request.param == "host":
         return request.param
-    if os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+    if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
         pytest.skip("the simulated driver's memory is not a GPU's: Paddle cannot use it")
     # A CUDA object given to the CPU wheel would crash the process.
     if not paddle.is_compiled_with_cuda() or not paddle.device.cuda.device_count():

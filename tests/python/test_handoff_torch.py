@@ -35,7 +35,7 @@ DTYPES = [
 
 
 def need_cuda() -> None:
-    if os.environ.get("PYVMM_TEST_DEVICE") == "sim":
+    if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
         pytest.skip("the simulated driver's memory is not a GPU's: torch cannot use it")
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")

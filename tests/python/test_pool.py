@@ -468,10 +468,10 @@ def test_abandoned_pool_gives_its_memory_back(simulator, blocks, block):
         simulator.vmm_sim_live(None, None, None, cuda_helper.ctypes.byref(out))
         return out.value
 
-    with pyvmm.Pool("cuda:0") as other:
+    with pyvmm.Pool(cuda_helper.NAME) as other:
         other.trim(wait=True)
         before = live()
-        pool = pyvmm.Pool("cuda:0")
+        pool = pyvmm.Pool(cuda_helper.NAME)
         blocks(5, pool=pool).close()
         del pool
         gc.collect()
@@ -480,6 +480,29 @@ def test_abandoned_pool_gives_its_memory_back(simulator, blocks, block):
             blocks(1, pool=other).close()
             other.trim(wait=True)
         assert live() == before
+
+
+def test_abandoned_pool_returns_what_the_driver_refused(simulator, blocks, block):
+    """A block that the driver would not take back when its pool was given up goes later."""
+
+    def handles():
+        out = cuda_helper.ctypes.c_long()
+        simulator.vmm_sim_live(cuda_helper.ctypes.byref(out), None, None, None)
+        return out.value
+
+    with pyvmm.Pool("cuda:0") as other:
+        other.trim(wait=True)
+        before = handles()
+        pool = pyvmm.Pool("cuda:0")
+        blocks(1, pool=pool).close()
+        simulator.vmm_sim_fail(b"cuMemRelease", 1, 999, -1)
+        pool.__exit__(None, None, None)
+        simulator.vmm_sim_fail_none()
+        assert handles() == before + 1
+        for _ in range(3):
+            cuda_helper.synchronize()
+            other.trim(wait=True)
+        assert handles() == before
 
 
 def test_default_pool(device):

@@ -18,7 +18,7 @@ from cuda_helper import CapsuleArray, DeviceArray, Gate, InterfaceArray, Stream
 from model import LAYOUTS, pattern, same
 from support import calls, calls_since, run_python, to_numpy
 
-LEGACY, PER_THREAD = 1, 2
+DEFAULT, PER_THREAD = cuda_helper.DEFAULT_STREAM, 2
 
 
 def rows(n, seed=0):
@@ -77,7 +77,7 @@ def test_dlpack_source_is_asked_for_the_stream_of_the_copy(tensor, streams, arra
     tensor.append(x)
     tensor.append(x, stream=int(streams[0]))
     tensor.append(x, stream=PER_THREAD)
-    assert x.producer.asked_streams == [LEGACY, int(streams[0]), PER_THREAD]
+    assert x.producer.asked_streams == [DEFAULT, int(streams[0]), PER_THREAD]
     assert same(to_numpy(tensor), np.concatenate([rows(5)] * 3))
 
 
@@ -94,7 +94,7 @@ class UnorderedArray(CapsuleArray):
 def test_interface_that_orders_nothing_is_left_for_dlpack(tensor, arrays):
     x = arrays(UnorderedArray, rows(5))
     tensor.append(x)
-    assert x.producer.asked_streams == [LEGACY]
+    assert x.producer.asked_streams == [DEFAULT]
     assert same(to_numpy(tensor), rows(5))
 
 
@@ -301,15 +301,19 @@ def test_no_event_until_a_handoff(tensor, streams, arrays):
 
 
 def test_stream_arguments_of_dlpack(tensor, streams, arrays):
-    """1 legacy, 2 per thread, -1 no order, None legacy; 0 is ambiguous and refused."""
+    """CUDA: 1 legacy, 2 per thread, None legacy; 0 is ambiguous and refused. ROCm: 0 and None
+    the default; 1 and 2 are refused. Both: -1 no order."""
     a = streams[0]
     x = arrays(InterfaceArray, rows(5))
-    for stream, waits in ((None, 1), (LEGACY, 1), (PER_THREAD, 1), (int(a), 0), (-1, 0)):
+    named = (DEFAULT,) if cuda_helper.IS_HIP else (DEFAULT, PER_THREAD)
+    refused = (1, 2) if cuda_helper.IS_HIP else (0,)
+    for stream, waits in ((None, 1), *((name, 1) for name in named), (int(a), 0), (-1, 0)):
         tensor.append(x, stream=int(a))
         before = calls(tensor)
         tensor.__dlpack__(stream=stream)
         assert calls_since(before, tensor).get("event_wait", 0) == waits, stream
-    for stream, error in ((0, ValueError), (-2, ValueError), ("1", TypeError)):
+    wrong = (*((stream, ValueError) for stream in refused), (-2, ValueError), ("1", TypeError))
+    for stream, error in wrong:
         with pytest.raises((error, BufferError)):
             tensor.__dlpack__(stream=stream)
     tensor.truncate(0)  # nothing stayed exported
@@ -324,10 +328,10 @@ def test_interface_names_a_stream_that_is_in_order(tensor, streams, arrays):
         tensor.append(x, stream=int(a))
         view = tensor[:50]
         named = view.__cuda_array_interface__.get("stream")
-        assert named is None or named in (LEGACY, PER_THREAD, int(a))
+        assert named is None or named in (DEFAULT, PER_THREAD, int(a))
         gate.open()
-        if named in (None, LEGACY, PER_THREAD):
-            out.copy_from(tensor.ptr, named or LEGACY)
+        if named in (None, DEFAULT, PER_THREAD):
+            out.copy_from(tensor.ptr, named or DEFAULT)
         else:
             out.copy_from(tensor.ptr, a)
         assert same(out.get(), rows(50))
@@ -396,7 +400,7 @@ def test_current_context_is_left_as_it_was(tensor):
         tensor.trim()
         with tensor.fork() as fork:
             fork.grow(500)
-        pyvmm.default_pool("cuda:0").trim(wait=True)
+        pyvmm.default_pool(tensor.device).trim(wait=True)
         found.append(cuda_helper.current_context())
         with cuda_helper.context():
             found.append(cuda_helper.current_context())
@@ -406,10 +410,12 @@ def test_current_context_is_left_as_it_was(tensor):
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found[:2] == [None, None]
+    # In HIP a device is always current, and at first the first one.
+    assert found[:2] == ([0, 0] if cuda_helper.IS_HIP else [None, None])
     assert found[2] == found[3] is not None
 
 
+@pytest.mark.skipif(cuda_helper.IS_HIP, reason="of HIP, tests/c/test_hip.c has two devices")
 def test_stream_and_source_of_another_device(simulator):
     """Two devices, which the simulated driver has when it is asked for them."""
     run_python(

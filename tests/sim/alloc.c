@@ -5,6 +5,8 @@
 
 #include "sim.h"
 
+#define HOST_MAPPING ((size_t)2 << 20) /* what pinned memory is mapped in */
+
 static size_t pages(size_t bytes) {
     return (bytes + 4095) & ~(size_t)4095;
 }
@@ -109,6 +111,14 @@ CUresult cuMemGetInfo_v2(size_t *available, size_t *total) {
 }
 
 /* ---- what an address is ------------------------------------------------------------------- */
+/* Does any device have access? */
+static bool is_open(const sim_mapping *mapping) {
+    int any = 0;
+    for (int i = 0; i < SIM_MAX_DEVICES; i++)
+        any |= mapping->access[i];
+    return any != 0;
+}
+
 static sim_mapping *mapping_at(const sim_space *space, CUdeviceptr address) {
     size_t i = sim_space_seek(space, address);
     return i < space->n_map && space->map[i]->base <= address ? space->map[i] : NULL;
@@ -120,7 +130,7 @@ CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *bytes, CUdeviceptr a
         return status;
     const sim_space *space = sim_space_find(address);
     const sim_mapping *mapping = space ? mapping_at(space, address) : NULL;
-    if (!mapping)
+    if (!mapping || !is_open(mapping))
         return sim_leave(CUDA_ERROR_NOT_FOUND);
     if (base)
         *base = mapping->base;
@@ -139,16 +149,18 @@ CUresult cuPointerGetAttribute(void *out, int attribute, CUdeviceptr address) {
         return sim_leave(CUDA_ERROR_INVALID_VALUE);
     const sim_mapping *mapping = mapping_at(space, address);
     bool host = space->kind == SIM_SPACE_HOST;
-    if (!mapping && attribute != CU_POINTER_ATTRIBUTE_MAPPED &&
-        attribute != CU_POINTER_ATTRIBUTE_RANGE_START_ADDR &&
-        attribute != CU_POINTER_ATTRIBUTE_RANGE_SIZE)
+    if (!mapping)
         return sim_leave(CUDA_ERROR_INVALID_VALUE);
     switch (attribute) {
     case CU_POINTER_ATTRIBUTE_CONTEXT: *(CUcontext *)out = space->context; break;
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
         *(unsigned *)out = host ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE;
         break;
-    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *(CUdeviceptr *)out = address; break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
+        if (!is_open(mapping))
+            return sim_leave(CUDA_ERROR_INVALID_VALUE);
+        *(CUdeviceptr *)out = address;
+        break;
     case CU_POINTER_ATTRIBUTE_HOST_POINTER:
         if (!host)
             return sim_leave(CUDA_ERROR_INVALID_VALUE);
@@ -160,8 +172,11 @@ CUresult cuPointerGetAttribute(void *out, int attribute, CUdeviceptr address) {
         break;
     case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: *(CUdeviceptr *)out = space->base; break;
     case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *(size_t *)out = space->bytes; break;
-    case CU_POINTER_ATTRIBUTE_MAPPED: *(unsigned *)out = mapping != NULL; break;
-    case CU_POINTER_ATTRIBUTE_MAPPING_SIZE: *(size_t *)out = mapping->bytes; break;
+    case CU_POINTER_ATTRIBUTE_MAPPED: *(unsigned *)out = 1; break;
+    case CU_POINTER_ATTRIBUTE_MAPPING_SIZE:
+        *(size_t *)out =
+            host ? HOST_MAPPING * ((mapping->bytes - 1) / HOST_MAPPING + 1) : mapping->bytes;
+        break;
     case CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR: *(CUdeviceptr *)out = mapping->base; break;
     default: return sim_leave(sim_refuse(CUDA_ERROR_NOT_SUPPORTED, "attribute %d", attribute));
     }

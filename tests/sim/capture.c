@@ -13,7 +13,7 @@ void sim_capture_invalidate(sim_capture *capture) {
 }
 
 /* ---- what is prohibited ------------------------------------------------------------------------ */
-CUresult sim_capture_unsafe(void) {
+CUresult sim_capture_unsafe(bool refused) {
     if (thread_mode == CU_STREAM_CAPTURE_MODE_RELAXED)
         return CUDA_SUCCESS;
     sim_capture *hit = NULL;
@@ -23,13 +23,14 @@ CUresult sim_capture_unsafe(void) {
                               : c->mode == CU_STREAM_CAPTURE_MODE_GLOBAL &&
                                     thread_mode == CU_STREAM_CAPTURE_MODE_GLOBAL;
         if (prohibits && !c->invalid) {
-            sim_capture_invalidate(c);
+            if (refused)
+                sim_capture_invalidate(c);
             hit = c;
         }
     }
     if (!hit)
         return CUDA_SUCCESS;
-    return sim_refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+    return sim_refuse(refused ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS,
                       "unsafe while stream %p is captured by %s thread: the calling thread's "
                       "capture mode is %s",
                       (void *)hit->origin,
@@ -81,8 +82,10 @@ CUresult cuThreadExchangeStreamCaptureMode(int *mode) {
     CUresult status = sim_enter(SIM_cuThreadExchangeStreamCaptureMode);
     if (status)
         return status;
-    if (!mode || *mode < CU_STREAM_CAPTURE_MODE_GLOBAL || *mode > CU_STREAM_CAPTURE_MODE_RELAXED)
-        return sim_leave(sim_refuse(CUDA_ERROR_INVALID_VALUE, "mode %d", mode ? *mode : -1));
+    if (!mode)
+        return sim_leave(sim_refuse(CUDA_ERROR_INVALID_VALUE, "no mode"));
+    if (*mode < CU_STREAM_CAPTURE_MODE_GLOBAL || *mode > CU_STREAM_CAPTURE_MODE_RELAXED)
+        sim_refuse(CUDA_SUCCESS, "mode %d", *mode);
     int before = thread_mode;
     thread_mode = *mode;
     *mode = before;
@@ -137,8 +140,10 @@ CUresult sim_capture_record(sim_stream *stream, sim_event *event) {
 CUresult sim_capture_wait(sim_stream *stream, sim_event *event) {
     if (stream->capture && stream->capture->invalid)
         return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+    if (!event->recorded)
+        return CUDA_SUCCESS; /* nothing to wait for */
     if (event->capture_id && !event->capture)
-        return sim_refuse(CUDA_ERROR_CAPTURED_EVENT, "event %p is of a capture that has ended",
+        return sim_refuse(CUDA_ERROR_INVALID_VALUE, "event %p is of a capture that has ended",
                           (void *)event);
     if (!event->capture) {
         sim_capture_invalidate(stream->capture);
@@ -221,6 +226,11 @@ static void end_capture(sim_capture *capture) {
     free(capture);
 }
 
+void sim_capture_drop(sim_capture *capture) {
+    sim_graph_free(capture->graph);
+    end_capture(capture);
+}
+
 CUresult cuStreamEndCapture(CUstream handle, CUgraph *out) {
     CUresult status = sim_enter(SIM_cuStreamEndCapture);
     if (status)
@@ -241,7 +251,7 @@ CUresult cuStreamEndCapture(CUstream handle, CUgraph *out) {
     }
     if (capture->mode != CU_STREAM_CAPTURE_MODE_RELAXED &&
         !pthread_equal(capture->thread, pthread_self())) {
-        sim_capture_invalidate(capture);
+        sim_capture_drop(capture);
         return sim_leave(sim_refuse(CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD,
                                     "the capture was begun by another thread"));
     }

@@ -21,7 +21,7 @@ typedef struct rule {
 } rule;
 
 static const struct {
-    const char *name;
+    const char *name; /* CUDA's */
     int flags;
 } calls[SIM_N_CALLS] = {
 #define CALL_ENTRY(name, flags) {#name, flags},
@@ -39,7 +39,7 @@ static unsigned long long random_state = 1;
 static _Thread_local sim_call this_call;
 
 const char *sim_call_name(sim_call call) {
-    return calls[call].name;
+    return sim_vendor_here.names[call];
 }
 
 void *sim_alloc(size_t bytes) {
@@ -84,7 +84,7 @@ static void report(const char *who, const char *format, va_list arguments) {
 CUresult sim_refuse(CUresult status, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    report(calls[this_call].name, format, arguments);
+    report(sim_call_name(this_call), format, arguments);
     va_end(arguments);
     return status;
 }
@@ -101,11 +101,13 @@ CUresult sim_late(const char *format, ...) {
 
 /* ---- rules ---------------------------------------------------------------------------- */
 static bool find_call(const char *name, sim_call *out) {
-    for (int i = 0; i < SIM_N_CALLS; i++)
-        if (strcmp(calls[i].name, name) == 0) {
+    for (int i = 0; i < SIM_N_CALLS; i++) {
+        const char *here = sim_call_name((sim_call)i);
+        if (here && (strcmp(here, name) == 0 || strcmp(calls[i].name, name) == 0)) {
             *out = (sim_call)i;
             return true;
         }
+    }
     if (strcmp(name, "*") != 0)
         return false;
     *out = ANY_CALL;
@@ -134,7 +136,7 @@ static CUresult injected(sim_call call) {
         if (r->times > 0)
             r->times--;
         if (r->call == ANY_CALL && !first_failed)
-            first_failed = calls[call].name;
+            first_failed = sim_call_name(call);
         if (status == CUDA_SUCCESS)
             status = r->code;
     }
@@ -149,12 +151,14 @@ static CUresult injected(sim_call call) {
 static CUresult allowed(sim_call call) {
     int flags = calls[call].flags;
     if (!(flags & SIM_EARLY) && !sim.process)
-        return sim_refuse(CUDA_ERROR_NOT_INITIALIZED, "called before cuInit");
+        return sim_refuse(CUDA_ERROR_NOT_INITIALIZED, "called before %s",
+                          sim_call_name(SIM_cuInit));
     if (sim.poison && !(flags & SIM_EARLY))
         return sim.poison;
     if ((flags & SIM_CONTEXT) && !sim_current())
         return sim_refuse(CUDA_ERROR_INVALID_CONTEXT, "no context is current in this thread");
-    return flags & SIM_UNSAFE ? sim_capture_unsafe() : CUDA_SUCCESS;
+    return flags & (SIM_UNSAFE | SIM_DOUBTFUL) ? sim_capture_unsafe(flags & SIM_UNSAFE)
+                                               : CUDA_SUCCESS;
 }
 
 CUresult sim_enter(sim_call call) {
@@ -163,8 +167,11 @@ CUresult sim_enter(sim_call call) {
     /* Before the lock: in a forked child no one may be left to release it. */
     if (!always && sim.process && sim.process != getpid())
         return sim_refuse(CUDA_ERROR_NOT_INITIALIZED, "called in a forked child");
-    if (!always && sim_in_callback())
-        return sim_refuse(CUDA_ERROR_NOT_PERMITTED, "called inside a host callback");
+    if (!always && sim_in_callback()) {
+        sim_refuse(CUDA_ERROR_NOT_PERMITTED, "called inside a host callback");
+        if (call != SIM_cuEventQuery) /* the driver answers it, whatever its manual says */
+            return CUDA_ERROR_NOT_PERMITTED;
+    }
     pthread_mutex_lock(&sim.lock);
     counts[call]++;
     CUresult status = injected(call);
@@ -235,7 +242,10 @@ long vmm_sim_calls(const char *name) {
 }
 
 const char *vmm_sim_call_name(size_t i) {
-    return i < SIM_N_CALLS ? calls[i].name : NULL;
+    for (int call = 0; call < SIM_N_CALLS; call++)
+        if (sim_call_name((sim_call)call) && i-- == 0)
+            return sim_call_name((sim_call)call);
+    return NULL;
 }
 
 void vmm_sim_live(long *handles, long *mappings, long *reservations, unsigned long long *bytes) {
@@ -297,6 +307,11 @@ void vmm_sim_strict(int aborts) {
     pthread_mutex_unlock(&sim.lock);
 }
 
+bool sim_lacks(const char *what) {
+    const char *lacking = getenv("VMM_SIM_LACKS");
+    return lacking && strcmp(lacking, what) == 0;
+}
+
 /* ---- the environment, the end ------------------------------------------------------------- */
 static unsigned long long number(const char *name, unsigned long long otherwise) {
     const char *text = getenv(name);
@@ -332,7 +347,8 @@ __attribute__((constructor)) static void begin(void) {
     sim.n_devices = (int)number("VMM_SIM_DEVICES", 1);
     sim.memory = number("VMM_SIM_MEMORY", 4ull << 30);
     sim.granularity = number("VMM_SIM_GRANULARITY", 2u << 20);
-    sim.driver_version = (int)number("VMM_SIM_DRIVER_VERSION", 13000);
+    sim.driver_version =
+        (int)number("VMM_SIM_DRIVER_VERSION", (unsigned long long)sim_vendor_here.driver_version);
     sim.delay_us = delay && *delay ? (long)number("VMM_SIM_DELAY_US", 0) : -1;
     sim.observe = number("VMM_SIM_OBSERVE", 1) != 0;
     sim.races = number("VMM_SIM_RACES", 1) != 0;

@@ -181,7 +181,7 @@ static bool side(int type, const void *host, CUdeviceptr device, uintptr_t *addr
 
 static CUresult check_pitch(const char *which, size_t pitch, size_t x, size_t width,
                             size_t height) {
-    if (pitch > MAX_PITCH)
+    if (pitch > MAX_PITCH && height > 1)
         return sim_refuse(CUDA_ERROR_INVALID_VALUE, "%s pitch %zu is above the device's maximum %u",
                           which, pitch, MAX_PITCH);
     if (pitch < x + width && (height > 1 || pitch))

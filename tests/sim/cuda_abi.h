@@ -29,7 +29,7 @@ typedef void (*CUhostFn)(void *user_data);
     X(3, ERROR_NOT_INITIALIZED, "initialization error")                                            \
     X(4, ERROR_DEINITIALIZED, "driver shutting down")                                              \
     X(34, ERROR_STUB_LIBRARY, "CUDA driver is a stub library")                                     \
-    X(46, ERROR_DEVICE_UNAVAILABLE, "device is busy or unavailable")                               \
+    X(46, ERROR_DEVICE_UNAVAILABLE, "CUDA-capable device(s) is/are busy or unavailable")           \
     X(100, ERROR_NO_DEVICE, "no CUDA-capable device is detected")                                  \
     X(101, ERROR_INVALID_DEVICE, "invalid device ordinal")                                         \
     X(200, ERROR_INVALID_IMAGE, "device kernel image is invalid")                                  \
@@ -41,7 +41,8 @@ typedef void (*CUhostFn)(void *user_data);
     X(211, ERROR_NOT_MAPPED, "resource not mapped")                                                \
     X(214, ERROR_ECC_UNCORRECTABLE, "uncorrectable ECC error encountered")                         \
     X(218, ERROR_INVALID_PTX, "a PTX JIT compilation failed")                                      \
-    X(222, ERROR_UNSUPPORTED_PTX_VERSION, "the PTX was compiled with an unsupported toolchain")    \
+    X(222, ERROR_UNSUPPORTED_PTX_VERSION,                                                          \
+      "the provided PTX was compiled with an unsupported toolchain.")                              \
     X(300, ERROR_INVALID_SOURCE, "device kernel image is invalid")                                 \
     X(304, ERROR_OPERATING_SYSTEM, "OS call failed or operation not supported on this OS")         \
     X(400, ERROR_INVALID_HANDLE, "invalid resource handle")                                        \
@@ -58,14 +59,20 @@ typedef void (*CUhostFn)(void *user_data);
     X(801, ERROR_NOT_SUPPORTED, "operation not supported")                                         \
     X(802, ERROR_SYSTEM_NOT_READY, "system not yet initialized")                                   \
     X(900, ERROR_STREAM_CAPTURE_UNSUPPORTED, "operation not permitted when stream is capturing")   \
-    X(901, ERROR_STREAM_CAPTURE_INVALIDATED, "operation failed due to an earlier capture error")   \
-    X(902, ERROR_STREAM_CAPTURE_MERGE, "operation would merge two capture sequences")              \
-    X(903, ERROR_STREAM_CAPTURE_UNMATCHED, "capture was not begun on this stream")                 \
+    X(901, ERROR_STREAM_CAPTURE_INVALIDATED,                                                       \
+      "operation failed due to a previous error during capture")                                   \
+    X(902, ERROR_STREAM_CAPTURE_MERGE,                                                             \
+      "operation would result in a merge of separate capture sequences")                           \
+    X(903, ERROR_STREAM_CAPTURE_UNMATCHED, "capture was not ended in the same stream as it began") \
     X(904, ERROR_STREAM_CAPTURE_UNJOINED, "capturing stream has unjoined work")                    \
-    X(905, ERROR_STREAM_CAPTURE_ISOLATION, "dependency created on uncaptured work")                \
-    X(906, ERROR_STREAM_CAPTURE_IMPLICIT, "operation would depend on a capturing blocking stream") \
-    X(907, ERROR_CAPTURED_EVENT, "operation not permitted on an event last recorded in a capture") \
-    X(908, ERROR_STREAM_CAPTURE_WRONG_THREAD, "capture must end in the thread that began it")      \
+    X(905, ERROR_STREAM_CAPTURE_ISOLATION,                                                         \
+      "dependency created on uncaptured work in another stream")                                   \
+    X(906, ERROR_STREAM_CAPTURE_IMPLICIT,                                                          \
+      "operation would make the legacy stream depend on a capturing blocking stream")              \
+    X(907, ERROR_CAPTURED_EVENT,                                                                   \
+      "operation not permitted on an event last recorded in a capturing stream")                   \
+    X(908, ERROR_STREAM_CAPTURE_WRONG_THREAD,                                                      \
+      "attempt to terminate a thread-local capture sequence from another thread")                  \
     X(999, ERROR_UNKNOWN, "unknown error")
 
 enum {

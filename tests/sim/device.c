@@ -13,7 +13,13 @@ static _Thread_local sim_context *stack[STACK_DEPTH];
 static _Thread_local int depth;
 
 sim_context *sim_current(void) {
-    return depth ? stack[depth - 1] : NULL;
+    if (depth)
+        return stack[depth - 1];
+    return sim_vendor_here.has_default_device && sim.process ? &contexts[0] : NULL;
+}
+
+sim_context *sim_context_of(int device) {
+    return &contexts[device];
 }
 
 sim_context *sim_check_context(CUcontext context) {
@@ -38,8 +44,10 @@ CUresult cuInit(unsigned flags) {
     if (sim.n_devices == 0)
         return sim_leave(CUDA_ERROR_NO_DEVICE);
     if (!sim.process) {
-        for (int i = 0; i < sim.n_devices; i++)
+        for (int i = 0; i < sim.n_devices; i++) {
             contexts[i].device = i;
+            contexts[i].retained = sim_vendor_here.has_default_device;
+        }
         sim_memory_init();
         sim.process = getpid();
     }
@@ -125,8 +133,8 @@ static int attribute_value(int attribute) {
     case CU_DEVICE_ATTRIBUTE_CONCURRENT_KERNELS:
     case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING:
     case CU_DEVICE_ATTRIBUTE_STREAM_PRIORITIES_SUPPORTED:
-    case CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY:
-    case CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED:
+    case CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY: return 1;
+    case CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED: return !sim_lacks("vmm");
     case CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED: return 1;
     default: return 0;
     }
@@ -231,7 +239,7 @@ CUresult cuCtxPushCurrent_v2(CUcontext context) {
     CUresult status = sim_enter(SIM_cuCtxPushCurrent);
     if (status)
         return status;
-    status = check_handle(context);
+    status = context ? check_handle(context) : sim_refuse(CUDA_ERROR_INVALID_VALUE, "no context");
     if (status == CUDA_SUCCESS && depth == STACK_DEPTH)
         status = sim_refuse(CUDA_ERROR_INVALID_CONTEXT, "%d contexts pushed: is a pop missing?",
                             STACK_DEPTH);

@@ -1,9 +1,13 @@
-/* entry.c - finding entry points by name and version, and the names of errors. */
+/* entry.c - what makes the simulator a CUDA driver: entry points by name and version, the names
+ * of calls and errors, the kinds of code. In the library under HIP's names, hip_entry.c. */
 #define _GNU_SOURCE
 #include <stddef.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "sim.h"
+
+#define FATBIN_MAGIC 0xBA55ED50u
 
 /* Name, the CUDA version that brought this form of it, the exported symbol. Several forms of a
  * name stand in the order of their versions. Forms before CUDA 11.0 that differ are left out. */
@@ -117,6 +121,45 @@ static const struct {
 };
 #define N_ENTRIES (sizeof entries / sizeof entries[0])
 
+/* ---- code ---------------------------------------------------------------------------------- */
+/* What PTX says of itself, against what a driver of this version with an sm_90 takes. */
+static CUresult check_ptx(const char *text) {
+    const char *version = strstr(text, ".version"), *target = strstr(text, ".target");
+    int major, minor, architecture;
+    if (!version || sscanf(version, ".version %d.%d", &major, &minor) != 2 || !target ||
+        sscanf(target, ".target sm_%d", &architecture) != 1)
+        return CUDA_ERROR_INVALID_IMAGE;
+    int newest = sim.driver_version / 1000 - 4; /* CUDA 12 speaks PTX 8, CUDA 13 PTX 9 */
+    if (major > newest)
+        return CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
+    return architecture > 90 ? CUDA_ERROR_NO_BINARY_FOR_GPU : CUDA_SUCCESS;
+}
+
+static CUresult check_image(const void *image, const void **code, size_t *bytes) {
+    uint32_t magic;
+    memcpy(&magic, image, 1); /* a text may be shorter than four bytes */
+    if ((magic & 0xFF) == 0x50 || (magic & 0xFF) == 0x7F) {
+        memcpy(&magic, image, sizeof magic);
+        if (magic == FATBIN_MAGIC) /* made by CUDA 13 */
+            return sim.driver_version < 13000 ? CUDA_ERROR_UNSUPPORTED_PTX_VERSION : CUDA_SUCCESS;
+        if (memcmp(image, "\177ELF", 4) == 0)
+            return sim.driver_version < 13000 ? CUDA_ERROR_NO_BINARY_FOR_GPU : CUDA_SUCCESS;
+    }
+    *code = image;
+    *bytes = strlen(image);
+    return check_ptx(image);
+}
+
+static const char *const names[SIM_N_CALLS] = {
+#define CALL_NAME(name, flags) #name,
+    SIM_CALLS(CALL_NAME)
+#undef CALL_NAME
+};
+
+const sim_vendor sim_vendor_here = {
+    .names = names, .driver_version = 13000, .check_image = check_image};
+
+/* ---- entry points and errors ------------------------------------------------------------------ */
 static const struct {
     CUresult value;
     const char *name, *text;
@@ -137,7 +180,8 @@ static CUresult find(const char *name, void **out, int version, uint64_t flags, 
     int state = CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
     *out = NULL;
     for (size_t i = 0; i < N_ENTRIES; i++) {
-        if (strcmp(entries[i].name, name) != 0 || entries[i].version > sim.driver_version)
+        if (strcmp(entries[i].name, name) != 0 || sim_lacks(name) ||
+            entries[i].version > sim.driver_version)
             continue;
         if (state == CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND)
             state = CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT;
@@ -148,7 +192,7 @@ static CUresult find(const char *name, void **out, int version, uint64_t flags, 
     }
     if (found)
         *found = state;
-    return *out || found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+    return CUDA_SUCCESS;
 }
 
 CUresult cuGetProcAddress_v2(const char *symbol, void **out, int version, uint64_t flags,
@@ -158,7 +202,8 @@ CUresult cuGetProcAddress_v2(const char *symbol, void **out, int version, uint64
 }
 
 CUresult cuGetProcAddress(const char *symbol, void **out, int version, uint64_t flags) {
-    return cuGetProcAddress_v2(symbol, out, version, flags, NULL);
+    CUresult status = cuGetProcAddress_v2(symbol, out, version, flags, NULL);
+    return status || *out ? status : CUDA_ERROR_NOT_FOUND;
 }
 
 /* An unknown number is answered, not refused: asking is no misuse. */

@@ -106,7 +106,7 @@ static CUresult record(CUevent handle, CUstream stream_handle, unsigned flags) {
         return sim_capture_add(stream, &op);
     }
     if (flags)
-        return sim_refuse(CUDA_ERROR_INVALID_VALUE, "external, but the stream is not capturing");
+        return sim_refuse(CUDA_ERROR_ILLEGAL_STATE, "external, but the stream is not capturing");
     if (stream->legacy && (status = sim_capture_implicit(stream)))
         return status;
     return sim_event_record_now(event, stream);
@@ -131,6 +131,8 @@ CUresult cuCtxRecordEvent(CUcontext context, CUevent handle) {
     sim_event *event = sim_event_of(handle, &status);
     if (!event)
         return sim_leave(status);
+    if (!context)
+        return sim_leave(sim_refuse(CUDA_ERROR_INVALID_CONTEXT, "no context"));
     if (!sim_check_context(context) || event->context != context)
         return sim_leave(sim_refuse(CUDA_ERROR_INVALID_HANDLE, "the event is not of context %p",
                                     (void *)context));
@@ -149,8 +151,8 @@ static CUresult check_captured(const sim_event *event) {
         return CUDA_SUCCESS;
     if (event->capture)
         sim_capture_invalidate(event->capture);
-    return sim_refuse(CUDA_ERROR_CAPTURED_EVENT, "event %p was last recorded in a capture",
-                      (const void *)event);
+    return sim_refuse(event->capture ? CUDA_ERROR_CAPTURED_EVENT : CUDA_ERROR_INVALID_VALUE,
+                      "event %p was last recorded in a capture", (const void *)event);
 }
 
 CUresult cuEventQuery(CUevent handle) {
@@ -214,8 +216,6 @@ CUresult cuStreamWaitEvent(CUstream stream_handle, CUevent handle, unsigned flag
     if (flags & ~(unsigned)CU_EVENT_WAIT_EXTERNAL)
         return sim_leave(sim_refuse(CUDA_ERROR_INVALID_VALUE, "flags 0x%x", flags));
     if (stream->capture && flags) {
-        if (event->capture_id)
-            return sim_leave(check_captured(event));
         sim_op op = {.kind = SIM_OP_WAIT, .name = "external event wait", .u.event = event};
         return sim_leave(sim_capture_add(stream, &op));
     }
@@ -223,7 +223,7 @@ CUresult cuStreamWaitEvent(CUstream stream_handle, CUevent handle, unsigned flag
         return sim_leave(sim_capture_wait(stream, event));
     if (flags)
         return sim_leave(
-            sim_refuse(CUDA_ERROR_INVALID_VALUE, "external, but the stream is not capturing"));
+            sim_refuse(CUDA_ERROR_ILLEGAL_STATE, "external, but the stream is not capturing"));
     if (stream->legacy && (status = sim_capture_implicit(stream)))
         return sim_leave(status);
     sim_clock_merge(&stream->clock, event->clock);

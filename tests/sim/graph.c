@@ -179,6 +179,8 @@ CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
         sim_clock_merge(&stream->clock, exec->last);
     for (size_t i = 0; i < exec->graph->n_nodes && status == CUDA_SUCCESS; i++)
         status = run_node(stream, &exec->graph->node[i].op);
+    if (status == CUDA_ERROR_INVALID_VALUE) /* here no one looks at addresses beforehand */
+        status = sim.poison = CUDA_ERROR_LAUNCH_FAILED;
     if (!stream->capture)
         sim_clock_merge(&exec->last, stream->clock);
     return sim_leave(status);

@@ -8,13 +8,13 @@
 
 #define MODULE_ALIVE 0x30D0A11Eu
 #define MODULE_DEAD 0x30D0DEADu
-#define FATBIN_MAGIC 0xBA55ED50u
 #define MAX_KERNELS 16
 
 typedef struct sim_module {
     uint32_t magic;
     sim_context *context;
-    char *ptx; /* NULL for a binary */
+    char *code; /* that has the names of its kernels; NULL where that is not known */
+    size_t code_bytes;
 } sim_module;
 
 typedef struct sim_function {
@@ -43,48 +43,25 @@ const sim_kernel *sim_find_kernel(const char *name) {
 }
 
 /* ---- modules ----------------------------------------------------------------------------------- */
-/* What PTX says of itself, against what a driver of this version with an sm_90 takes. */
-static CUresult check_ptx(const char *text) {
-    const char *version = strstr(text, ".version"), *target = strstr(text, ".target");
-    int major, minor, architecture;
-    if (!version || sscanf(version, ".version %d.%d", &major, &minor) != 2 || !target ||
-        sscanf(target, ".target sm_%d", &architecture) != 1)
-        return CUDA_ERROR_INVALID_IMAGE;
-    int newest = sim.driver_version / 1000 - 4; /* CUDA 12 speaks PTX 8, CUDA 13 PTX 9 */
-    if (major > newest)
-        return CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
-    return architecture > 90 ? CUDA_ERROR_NO_BINARY_FOR_GPU : CUDA_SUCCESS;
-}
-
-static CUresult check_image(const void *image, bool *is_ptx) {
-    uint32_t magic;
-    memcpy(&magic, image, 1); /* a text may be shorter than four bytes */
-    *is_ptx = false;
-    if ((magic & 0xFF) == 0x50 || (magic & 0xFF) == 0x7F) {
-        memcpy(&magic, image, sizeof magic);
-        if (magic == FATBIN_MAGIC) /* made by CUDA 13 */
-            return sim.driver_version < 13000 ? CUDA_ERROR_UNSUPPORTED_PTX_VERSION : CUDA_SUCCESS;
-        if (memcmp(image, "\177ELF", 4) == 0)
-            return sim.driver_version < 13000 ? CUDA_ERROR_NO_BINARY_FOR_GPU : CUDA_SUCCESS;
-    }
-    *is_ptx = true;
-    return check_ptx(image);
-}
-
 static CUresult load(sim_call call, CUmodule *out, const void *image) {
     CUresult status = sim_enter(call);
     if (status)
         return status;
     if (!out || !image)
         return sim_leave(sim_refuse(CUDA_ERROR_INVALID_VALUE, "no image"));
-    bool is_ptx;
-    status = check_image(image, &is_ptx);
+    const void *code = NULL;
+    size_t code_bytes = 0;
+    status = sim_vendor_here.check_image(image, &code, &code_bytes);
     if (status == CUDA_ERROR_INVALID_IMAGE)
-        return sim_leave(sim_refuse(status, "the image is neither a fatbin, an ELF nor PTX"));
+        return sim_leave(sim_refuse(status, "the image is of no kind that is known"));
     if (status)
         return sim_leave(status);
     sim_module *module = sim_alloc(sizeof *module);
-    *module = (sim_module){MODULE_ALIVE, sim_current(), is_ptx ? strdup(image) : NULL};
+    *module = (sim_module){MODULE_ALIVE, sim_current(), NULL, code_bytes};
+    if (code) {
+        module->code = sim_alloc(code_bytes);
+        memcpy(module->code, code, code_bytes);
+    }
     sim_handles_add(&modules, module);
     *out = module;
     return sim_leave(CUDA_SUCCESS);
@@ -119,8 +96,8 @@ CUresult cuModuleUnload(CUmodule handle) {
     if (!module)
         return sim_leave(status);
     module->magic = MODULE_DEAD;
-    free(module->ptx);
-    module->ptx = NULL;
+    free(module->code);
+    module->code = NULL;
     return sim_leave(CUDA_SUCCESS);
 }
 
@@ -132,7 +109,7 @@ CUresult cuModuleGetFunction(CUfunction *out, CUmodule handle, const char *name)
     if (!module)
         return sim_leave(status);
     const sim_kernel *kernel = name ? sim_find_kernel(name) : NULL;
-    if (!kernel || (module->ptx && !strstr(module->ptx, name)))
+    if (!kernel || (module->code && !memmem(module->code, module->code_bytes, name, strlen(name))))
         return sim_leave(CUDA_ERROR_NOT_FOUND);
     sim_function *function = sim_alloc(sizeof *function);
     *function = (sim_function){module, kernel};

@@ -75,6 +75,8 @@ sim_block *sim_block_create(int device, size_t bytes, bool exportable) {
 void sim_block_drop(sim_block *block) {
     if (!block->released || block->n_mappings)
         return;
+    if (block->handle)
+        blocks[block->handle - HANDLE_BASE] = NULL;
     if (block->exportable)
         close(block->fd);
     else
@@ -95,9 +97,17 @@ static CUmemGenericAllocationHandle new_handle(sim_block *block) {
     return block->handle;
 }
 
+/* A released handle stands for its block as long as that is mapped. */
+static sim_block *any_block_of(CUmemGenericAllocationHandle handle) {
+    bool known = handle >= HANDLE_BASE && handle - HANDLE_BASE < n_blocks;
+    return known ? blocks[handle - HANDLE_BASE] : NULL;
+}
+
 static sim_block *block_of(CUmemGenericAllocationHandle handle, CUresult *status) {
     bool known = handle >= HANDLE_BASE && handle - HANDLE_BASE < n_blocks;
-    sim_block *block = known ? blocks[handle - HANDLE_BASE] : NULL;
+    sim_block *block = any_block_of(handle);
+    if (block && block->released)
+        block = NULL;
     *status = CUDA_SUCCESS;
     if (!block)
         *status =
@@ -109,13 +119,13 @@ static sim_block *block_of(CUmemGenericAllocationHandle handle, CUresult *status
 long sim_live_handles(void) {
     long n = 0;
     for (size_t i = 0; i < n_blocks; i++)
-        n += blocks[i] != NULL;
+        n += blocks[i] && !blocks[i]->released;
     return n;
 }
 
 void sim_list_handles(void) {
     for (size_t i = 0; i < n_blocks; i++)
-        if (blocks[i])
+        if (blocks[i] && !blocks[i]->released)
             fprintf(stderr, "vmm-sim: exit:   handle 0x%llx of %zu bytes, mapped %zu times\n",
                     blocks[i]->handle, blocks[i]->bytes, blocks[i]->n_mappings);
 }
@@ -195,8 +205,8 @@ CUresult cuMemGetAllocationGranularity(size_t *granularity, const CUmemAllocatio
     CUresult status = sim_enter(SIM_cuMemGetAllocationGranularity);
     if (status)
         return status;
-    status = check_prop(prop);
-    if (status == CUDA_SUCCESS && option != CU_MEM_ALLOC_GRANULARITY_MINIMUM &&
+    check_prop(prop); /* the driver does not look */
+    if (option != CU_MEM_ALLOC_GRANULARITY_MINIMUM &&
         option != CU_MEM_ALLOC_GRANULARITY_RECOMMENDED)
         status = sim_refuse(CUDA_ERROR_INVALID_VALUE, "option %d", option);
     if (status == CUDA_SUCCESS)
@@ -232,8 +242,9 @@ CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
     sim_block *block = block_of(handle, &status);
     if (!block)
         return sim_leave(status);
-    blocks[handle - HANDLE_BASE] = NULL;
     block->released = true;
+    if (!block->n_mappings)
+        blocks[handle - HANDLE_BASE] = NULL;
     sim_block_drop(block);
     return sim_leave(CUDA_SUCCESS);
 }
@@ -267,8 +278,7 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *handle, vo
     int fd = (int)(intptr_t)os_handle;
     if (!handle || type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR || fstat(fd, &info) != 0 ||
         info.st_size <= 0)
-        return sim_leave(
-            sim_refuse(CUDA_ERROR_INVALID_VALUE, "%d is no descriptor of a block", fd));
+        return sim_leave(sim_refuse(CUDA_ERROR_UNKNOWN, "%d is no descriptor of a block", fd));
     sim_block *block = sim_alloc(sizeof *block);
     *block = (sim_block){
         .bytes = (size_t)info.st_size, .fd = fcntl(fd, F_DUPFD_CLOEXEC, 0), .exportable = true};
@@ -287,12 +297,16 @@ CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset,
     CUresult status = sim_enter(SIM_cuMemMap);
     if (status)
         return status;
-    sim_block *block = block_of(handle, &status);
+    sim_block *block = any_block_of(handle);
+    if (block && block->released)
+        sim_refuse(CUDA_SUCCESS, "handle 0x%llx was released before", handle);
+    else
+        block = block_of(handle, &status);
     if (!block)
         return sim_leave(status);
     if (offset || flags || bytes != block->bytes)
         return sim_leave(sim_refuse(
-            offset ? CUDA_ERROR_NOT_SUPPORTED : CUDA_ERROR_INVALID_VALUE,
+            flags || !bytes ? CUDA_ERROR_INVALID_VALUE : CUDA_ERROR_NOT_SUPPORTED,
             "offset %zu, %zu bytes, flags %llu: a handle of %zu bytes maps whole, from 0, without",
             offset, bytes, flags, block->bytes));
     sim_space *space = sim_space_find(address);
@@ -318,35 +332,57 @@ CUresult cuMemMap(CUdeviceptr address, size_t bytes, size_t offset,
     return sim_leave(CUDA_SUCCESS);
 }
 
-/* The mappings that [address, address + bytes) consists of, whole and without gaps: space and
- * the first one's index, or NULL with *status. */
-static sim_space *whole_mappings(CUdeviceptr address, size_t bytes, size_t *first,
-                                 CUresult *status) {
+/* Where the driver is more patient than a careful program: said, and gone on with. */
+static CUresult say_gap(CUdeviceptr address, size_t bytes, uintptr_t at) {
+    return sim_refuse(CUDA_SUCCESS, "0x%llx of %zu bytes is not mapped from 0x%zx on", address,
+                      bytes, (size_t)at);
+}
+
+/* The mappings that lie in [address, address + bytes): space and the first one's index, or NULL
+ * with *status. None may be cut. A gap is refused at the begin and the end where `ends_mapped`,
+ * and reported elsewhere; *gap is where the first one is. */
+static sim_space *whole_mappings(CUdeviceptr address, size_t bytes, bool ends_mapped, size_t *first,
+                                 uintptr_t *gap, CUresult *status) {
     sim_space *space = sim_space_find(address);
+    uintptr_t end = address + bytes, at = address;
     *status = CUDA_SUCCESS;
-    if (!space || space->kind != SIM_SPACE_VMM || !bytes ||
-        bytes > space->base + space->bytes - address) {
+    *gap = end;
+    if (!space || space->kind != SIM_SPACE_VMM || !bytes || !aligned(address) || !aligned(bytes) ||
+        (ends_mapped && bytes > space->base + space->bytes - address)) {
         *status = sim_refuse(CUDA_ERROR_INVALID_VALUE,
                              "0x%llx of %zu bytes does not lie in one reservation", address, bytes);
         return NULL;
     }
     *first = sim_space_seek(space, address);
-    uintptr_t at = address;
-    for (size_t i = *first; at < address + bytes; i++) {
-        if (i == space->n_map || space->map[i]->base > at) {
-            *status = sim_refuse(CUDA_ERROR_INVALID_VALUE,
-                                 "0x%llx of %zu bytes is not mapped from 0x%zx on", address, bytes,
-                                 (size_t)at);
-            return NULL;
-        }
-        if (space->map[i]->base < at || at + space->map[i]->bytes > address + bytes) {
+    for (size_t i = *first; i < space->n_map && space->map[i]->base < end; i++) {
+        const sim_mapping *m = space->map[i];
+        if (m->base < address || m->base + m->bytes > end) {
             *status = sim_refuse(CUDA_ERROR_INVALID_VALUE,
                                  "0x%llx of %zu bytes cuts the mapping at 0x%zx (%zu bytes)",
-                                 address, bytes, (size_t)space->map[i]->base, space->map[i]->bytes);
+                                 address, bytes, (size_t)m->base, m->bytes);
             return NULL;
         }
-        at += space->map[i]->bytes;
+        if (sim_vendor_here.mappings_one_by_one && i > *first) {
+            *status = sim_refuse(CUDA_ERROR_INVALID_VALUE,
+                                 "0x%llx of %zu bytes takes in several mappings: one at a time",
+                                 address, bytes);
+            return NULL;
+        }
+        if (m->base > at && *gap == end)
+            *gap = at;
+        at = m->base + m->bytes;
     }
+    if (at < end && *gap == end)
+        *gap = at;
+    if (*gap == end)
+        return space;
+    if (ends_mapped && (*gap == address || at < end)) {
+        *status =
+            sim_refuse(CUDA_ERROR_INVALID_VALUE, "0x%llx of %zu bytes is not mapped from 0x%zx on",
+                       address, bytes, (size_t)*gap);
+        return NULL;
+    }
+    say_gap(address, bytes, *gap);
     return space;
 }
 
@@ -355,12 +391,15 @@ CUresult cuMemUnmap(CUdeviceptr address, size_t bytes) {
     if (status)
         return status;
     size_t first;
-    sim_space *space = whole_mappings(address, bytes, &first, &status);
+    uintptr_t gap;
+    sim_space *space = whole_mappings(address, bytes, false, &first, &gap, &status);
     if (!space)
         return sim_leave(status);
     for (size_t i = first; i < space->n_map && space->map[i]->base < address + bytes; i++)
         if (sim_mapping_idle(space->map[i], "cuMemUnmap"))
             break;
+    if (bytes > space->base + space->bytes - address)
+        bytes = space->base + space->bytes - address;
     if (mmap((void *)(uintptr_t)address, bytes, PROT_NONE,
              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED) {
         perror("vmm-sim: cuMemUnmap"); /* more mappings than the kernel allows */
@@ -381,7 +420,8 @@ CUresult cuMemSetAccess(CUdeviceptr address, size_t bytes, const CUmemAccessDesc
     if (status)
         return status;
     size_t first;
-    sim_space *space = whole_mappings(address, bytes, &first, &status);
+    uintptr_t gap;
+    sim_space *space = whole_mappings(address, bytes, true, &first, &gap, &status);
     if (!space)
         return sim_leave(status);
     for (size_t i = 0; i < count; i++)
@@ -395,7 +435,7 @@ CUresult cuMemSetAccess(CUdeviceptr address, size_t bytes, const CUmemAccessDesc
                                         desc[i].location.type, desc[i].location.id, desc[i].flags));
     if (!count)
         return sim_leave(sim_refuse(CUDA_ERROR_INVALID_VALUE, "no location is given"));
-    for (; first < space->n_map && space->map[first]->base < address + bytes; first++) {
+    for (; first < space->n_map && space->map[first]->base < gap; first++) {
         sim_mapping *mapping = space->map[first];
         int any = 0;
         for (size_t i = 0; i < count; i++) {
@@ -421,11 +461,14 @@ CUresult cuMemGetAccess(unsigned long long *flags, const CUmemLocation *location
         return status;
     sim_space *space = sim_space_find(address);
     size_t i = space ? sim_space_seek(space, address) : 0;
-    if (!space || i == space->n_map || space->map[i]->base > address ||
-        location->type != CU_MEM_LOCATION_TYPE_DEVICE || location->id < 0 ||
+    if (!space || i == space->n_map || space->map[i]->base > address)
+        return sim_leave(sim_refuse(CUDA_ERROR_INVALID_VALUE, "0x%llx is not mapped", address));
+    if (location->type != CU_MEM_LOCATION_TYPE_DEVICE || location->id < 0 ||
         location->id >= sim.n_devices)
-        return sim_leave(
-            sim_refuse(CUDA_ERROR_INVALID_VALUE, "0x%llx is not mapped, or no device", address));
-    *flags = (unsigned long long)space->map[i]->access[location->id];
+        return sim_leave(sim_refuse(CUDA_ERROR_INVALID_DEVICE, "location type %d, id %d",
+                                    location->type, location->id));
+    /* Of other memory than this interface's the driver says nothing. */
+    bool ours = space->kind == SIM_SPACE_VMM;
+    *flags = ours ? (unsigned long long)space->map[i]->access[location->id] : 0;
     return sim_leave(CUDA_SUCCESS);
 }

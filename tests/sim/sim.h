@@ -1,4 +1,4 @@
-/* sim.h - inside the simulated CUDA driver.
+/* sim.h - inside the simulated CUDA driver, which is the simulated HIP runtime, too.
  *
  * One lock, sim.lock, guards everything and is never held while device work runs, is
  * delayed or is waited for. An entry point calls sim_enter(), which takes it, and ends with
@@ -30,11 +30,12 @@
 
 /* ---- calls (control.c) ---------------------------------------------------------------- */
 enum {
-    SIM_EARLY = 1,   /* allowed before cuInit */
-    SIM_ALWAYS = 2,  /* changes nothing and is allowed anywhere: also forked or in a callback */
-    SIM_CONTEXT = 4, /* needs a current context */
-    SIM_UNSAFE = 8,  /* prohibited while a stream is capturing, see capture.c */
-    SIM_BRACKET = 16 /* not meant by a rule for "*" */
+    SIM_EARLY = 1,    /* allowed before cuInit */
+    SIM_ALWAYS = 2,   /* changes nothing and is allowed anywhere: also forked or in a callback */
+    SIM_CONTEXT = 4,  /* needs a current context */
+    SIM_UNSAFE = 8,   /* prohibited while a stream is capturing, see capture.c */
+    SIM_BRACKET = 16, /* not meant by a rule for "*" */
+    SIM_DOUBTFUL = 32 /* as SIM_UNSAFE by the manual; reported, but CUDA 13 allows it */
 };
 
 #define SIM_CALLS(X)                                                                               \
@@ -63,13 +64,13 @@ enum {
     X(cuThreadExchangeStreamCaptureMode, SIM_BRACKET)                                              \
     X(cuMemGetInfo, SIM_CONTEXT)                                                                   \
     X(cuMemGetAllocationGranularity, 0)                                                            \
-    X(cuMemAddressReserve, SIM_UNSAFE)                                                             \
-    X(cuMemAddressFree, SIM_UNSAFE)                                                                \
-    X(cuMemCreate, SIM_UNSAFE)                                                                     \
-    X(cuMemRelease, SIM_UNSAFE)                                                                    \
-    X(cuMemMap, SIM_UNSAFE)                                                                        \
-    X(cuMemUnmap, SIM_UNSAFE)                                                                      \
-    X(cuMemSetAccess, SIM_UNSAFE)                                                                  \
+    X(cuMemAddressReserve, SIM_DOUBTFUL)                                                           \
+    X(cuMemAddressFree, SIM_DOUBTFUL)                                                              \
+    X(cuMemCreate, SIM_DOUBTFUL)                                                                   \
+    X(cuMemRelease, SIM_DOUBTFUL)                                                                  \
+    X(cuMemMap, SIM_DOUBTFUL)                                                                      \
+    X(cuMemUnmap, SIM_DOUBTFUL)                                                                    \
+    X(cuMemSetAccess, SIM_DOUBTFUL)                                                                \
     X(cuMemGetAccess, 0)                                                                           \
     X(cuMemExportToShareableHandle, 0)                                                             \
     X(cuMemImportFromShareableHandle, SIM_UNSAFE)                                                  \
@@ -79,21 +80,21 @@ enum {
     X(cuMemFreeHost, SIM_UNSAFE)                                                                   \
     X(cuMemGetAddressRange, SIM_CONTEXT)                                                           \
     X(cuPointerGetAttribute, 0)                                                                    \
-    X(cuMemcpy, SIM_CONTEXT | SIM_UNSAFE)                                                          \
+    X(cuMemcpy, SIM_CONTEXT | SIM_DOUBTFUL)                                                        \
     X(cuMemcpyAsync, SIM_CONTEXT)                                                                  \
-    X(cuMemcpyHtoD, SIM_CONTEXT | SIM_UNSAFE)                                                      \
-    X(cuMemcpyDtoH, SIM_CONTEXT | SIM_UNSAFE)                                                      \
-    X(cuMemcpyDtoD, SIM_CONTEXT | SIM_UNSAFE)                                                      \
+    X(cuMemcpyHtoD, SIM_CONTEXT | SIM_DOUBTFUL)                                                    \
+    X(cuMemcpyDtoH, SIM_CONTEXT | SIM_DOUBTFUL)                                                    \
+    X(cuMemcpyDtoD, SIM_CONTEXT | SIM_DOUBTFUL)                                                    \
     X(cuMemcpyHtoDAsync, SIM_CONTEXT)                                                              \
     X(cuMemcpyDtoHAsync, SIM_CONTEXT)                                                              \
     X(cuMemcpyDtoDAsync, SIM_CONTEXT)                                                              \
-    X(cuMemcpy2D, SIM_CONTEXT | SIM_UNSAFE)                                                        \
+    X(cuMemcpy2D, SIM_CONTEXT | SIM_DOUBTFUL)                                                      \
     X(cuMemcpy2DAsync, SIM_CONTEXT)                                                                \
-    X(cuMemsetD8, SIM_CONTEXT | SIM_UNSAFE)                                                        \
-    X(cuMemsetD8Async, SIM_CONTEXT)                                                                \
+    X(cuMemsetD8, SIM_CONTEXT | SIM_DOUBTFUL)                                                      \
+    X(cuMemsetD8Async, 0)                                                                          \
     X(cuMemsetD2D8Async, SIM_CONTEXT)                                                              \
-    X(cuModuleLoadData, SIM_CONTEXT | SIM_UNSAFE)                                                  \
-    X(cuModuleLoadDataEx, SIM_CONTEXT | SIM_UNSAFE)                                                \
+    X(cuModuleLoadData, SIM_CONTEXT | SIM_DOUBTFUL)                                                \
+    X(cuModuleLoadDataEx, SIM_CONTEXT | SIM_DOUBTFUL)                                              \
     X(cuModuleGetFunction, SIM_CONTEXT)                                                            \
     X(cuModuleUnload, SIM_CONTEXT | SIM_UNSAFE)                                                    \
     X(cuFuncLoad, 0)                                                                               \
@@ -147,6 +148,20 @@ CUresult sim_refuse(CUresult status, const char *format, ...) __attribute__((for
 CUresult sim_late(const char *format, ...) __attribute__((format(printf, 1, 2)));
 const char *sim_call_name(sim_call call);
 unsigned long long sim_random(void);
+/* VMM_SIM_LACKS names it. */
+bool sim_lacks(const char *what);
+
+/* In what the library is CUDA's or HIP's: in entry.c and hip_entry.c, of which it has one. */
+typedef struct sim_vendor {
+    const char *const *names; /* of the calls; NULL for those that it does not have */
+    int driver_version;
+    bool mappings_one_by_one; /* are unmapped and given access */
+    bool has_default_device;  /* every thread has a current device from the start */
+    /* Take what a module is loaded from, and find in it where the names of kernels stand: NULL
+     * where that cannot be told. */
+    CUresult (*check_image)(const void *image, const void **code, size_t *bytes);
+} sim_vendor;
+extern const sim_vendor sim_vendor_here;
 
 typedef struct sim_state {
     pthread_mutex_t lock;
@@ -176,6 +191,7 @@ typedef struct sim_context {
 } sim_context;
 
 sim_context *sim_current(void);
+sim_context *sim_context_of(int device);
 /* NULL if it is none. */
 sim_context *sim_check_context(CUcontext context);
 
@@ -433,7 +449,9 @@ typedef struct sim_capture {
 } sim_capture;
 
 /* Refuse a potentially unsafe call of this thread, as its capture mode says. */
-CUresult sim_capture_unsafe(void);
+CUresult sim_capture_unsafe(bool refused);
+/* End a capture without a graph. */
+void sim_capture_drop(sim_capture *capture);
 /* Refuse use of the legacy stream while a blocking stream captures. */
 CUresult sim_capture_implicit(const sim_stream *stream);
 /* Refuse a call that makes no sense on a capturing stream. */

@@ -149,7 +149,8 @@ static sim_stream *make_stream(sim_context *context) {
 
 sim_stream *sim_stream_of(CUstream handle, CUresult *status) {
     *status = CUDA_SUCCESS;
-    if (!handle || handle == CU_STREAM_LEGACY || handle == CU_STREAM_PER_THREAD) {
+    bool is_legacy = !handle || (handle == CU_STREAM_LEGACY && !sim_vendor_here.has_default_device);
+    if (is_legacy || handle == CU_STREAM_PER_THREAD) {
         sim_context *context = sim_current();
         if (!context) {
             *status = sim_refuse(CUDA_ERROR_INVALID_CONTEXT,
@@ -248,7 +249,7 @@ CUresult sim_enqueue(sim_stream *stream, sim_op *op) {
 
 CUresult sim_submit(sim_stream *stream, sim_op *op) {
     CUresult status = CUDA_SUCCESS;
-    if (stream->context != sim_current())
+    if (sim_current() && stream->context != sim_current())
         status = sim_refuse(CUDA_ERROR_INVALID_HANDLE,
                             "the stream belongs to device %d, the current context to device %d",
                             stream->context->device, sim_current()->device);
@@ -296,9 +297,8 @@ CUresult cuStreamDestroy_v2(CUstream handle) {
     if (!stream->created)
         return sim_leave(sim_refuse(CUDA_ERROR_INVALID_HANDLE, "a default stream"));
     if (stream->capture) {
-        sim_capture_invalidate(stream->capture);
-        return sim_leave(sim_refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
-                                    "stream %p is being captured", (void *)handle));
+        sim_refuse(CUDA_SUCCESS, "stream %p is being captured", (void *)handle);
+        sim_capture_drop(stream->capture);
     }
     stream->magic = SIM_STREAM_DEAD;
     if (stream->started)

@@ -2,14 +2,19 @@
  *
  * The functions are exported by build/sim/libcuda.so.1 and found by dlsym or ctypes; a
  * library without vmm_sim_version() is not the simulator. Call names are those of
- * cuGetProcAddress, without a version suffix ("cuMemAlloc"). Every function may be called
+ * cuGetProcAddress, without a version suffix ("cuMemAlloc"). build/sim/libamdhip64.so is the
+ * same under HIP's names: calls are counted, failed and reported as "hipMalloc", and CUDA's
+ * name of a call is understood, too. Every function may be called
  * from any thread, before cuInit too, and none counts as a driver call.
  *
  * Environment, read when the library is loaded:
  *   VMM_SIM_DEVICES         how many devices there are (1, at most 8; 0: cuInit refuses)
  *   VMM_SIM_MEMORY          bytes of memory of each device (4 GiB)
  *   VMM_SIM_GRANULARITY     of physical blocks, a power of two >= 4096 (2 MiB)
- *   VMM_SIM_DRIVER_VERSION  what cuDriverGetVersion says (13000); newer entry points are absent
+ *   VMM_SIM_DRIVER_VERSION  what cuDriverGetVersion says (13000); newer entry points are absent.
+ *                           hipRuntimeGetVersion: 60342134
+ *   VMM_SIM_LACKS           a call that cuGetProcAddress does not find ("cuMemMap"), or "vmm":
+ *                           devices without virtual memory management
  *   VMM_SIM_SEED            of the delays (1)
  *   VMM_SIM_DELAY_US        every piece of device work is late by 0 to this many microseconds;
  *                           not set: one in eight by up to 20; 0: none
@@ -30,6 +35,10 @@
  *
  * Every call that manages memory, loads code, copies at once, queries or waits counts as
  * unsafe while a stream is being captured, see cuThreadExchangeStreamCaptureMode.
+ *
+ * tests/conformance compares what it answers with real drivers. Where these allow what their
+ * manual prohibits or leaves open (virtual memory calls in a capture, unmapping what is not
+ * mapped), it is reported as a misuse and, under "return", done as they do it.
  *
  * Not modelled: contexts other than the primary ones, peer access switches and copies between
  * devices, arrays and textures, memory pools (cuMemAllocAsync), managed and registered host

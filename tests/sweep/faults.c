@@ -201,6 +201,20 @@ size_t faults_open_bytes(void) {
 
 /* ---- in front of the C library ------------------------------------------------------------ */
 
+/* A sanitizer stands there itself, before anyone could ask for the next in line: under one only
+ * the simulated driver fails, and these are called by no one. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define IN_FRONT(name) faults_##name
+#define IS_IN_FRONT false
+#else
+#define IN_FRONT(name) name
+#define IS_IN_FRONT true
+#endif
+
+bool faults_possible(void) {
+    return IS_IN_FRONT;
+}
+
 static void *noted(void *block) {
     enter();
     if (block)
@@ -209,7 +223,7 @@ static void *noted(void *block) {
     return block;
 }
 
-void *malloc(size_t bytes) {
+void *IN_FRONT(malloc)(size_t bytes) {
     if (!resolved())
         return NULL;
     if (!FROM_LIBVMM())
@@ -217,7 +231,7 @@ void *malloc(size_t bytes) {
     return fails(FAULT_ALLOCATION, "malloc") ? NULL : noted(libc.malloc(bytes));
 }
 
-void *calloc(size_t count, size_t bytes) {
+void *IN_FRONT(calloc)(size_t count, size_t bytes) {
     if (!resolved())
         return NULL;
     if (!FROM_LIBVMM())
@@ -225,7 +239,7 @@ void *calloc(size_t count, size_t bytes) {
     return fails(FAULT_ALLOCATION, "calloc") ? NULL : noted(libc.calloc(count, bytes));
 }
 
-void *realloc(void *old, size_t bytes) {
+void *IN_FRONT(realloc)(void *old, size_t bytes) {
     if (!resolved())
         return NULL;
     if (!FROM_LIBVMM())
@@ -241,7 +255,7 @@ void *realloc(void *old, size_t bytes) {
     return noted(block);
 }
 
-void free(void *block) {
+void IN_FRONT(free)(void *block) {
     if (!block || !resolved())
         return;
     /* Whoever it is: libvmm's last act in a function is a jump, and we return to its caller. */
@@ -251,7 +265,8 @@ void free(void *block) {
     libc.free(block);
 }
 
-void *mmap(void *address, size_t bytes, int protection, int flags, int file, off_t offset) {
+void *IN_FRONT(mmap)(void *address, size_t bytes, int protection, int flags, int file,
+                     off_t offset) {
     resolved();
     bool ours = FROM_LIBVMM();
     if (ours && fails(FAULT_SYSTEM, "mmap"))
@@ -265,7 +280,7 @@ void *mmap(void *address, size_t bytes, int protection, int flags, int file, off
     return mapped;
 }
 
-int munmap(void *address, size_t bytes) {
+int IN_FRONT(munmap)(void *address, size_t bytes) {
     resolved();
     bool ours = FROM_LIBVMM();
     if (ours && fails(FAULT_SYSTEM, "munmap"))
@@ -280,7 +295,7 @@ int munmap(void *address, size_t bytes) {
     return status;
 }
 
-int mprotect(void *address, size_t bytes, int protection) {
+int IN_FRONT(mprotect)(void *address, size_t bytes, int protection) {
     resolved();
     bool ours = FROM_LIBVMM();
     if (ours && fails(FAULT_SYSTEM, "mprotect"))
@@ -294,7 +309,7 @@ int mprotect(void *address, size_t bytes, int protection) {
     return status;
 }
 
-int madvise(void *address, size_t bytes, int advice) {
+int IN_FRONT(madvise)(void *address, size_t bytes, int advice) {
     resolved();
     if (FROM_LIBVMM() && fails(FAULT_SYSTEM, "madvise"))
         return -1;

@@ -8,6 +8,7 @@
 #ifndef FAULTS_H
 #define FAULTS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 typedef enum fault_kind {
@@ -16,6 +17,9 @@ typedef enum fault_kind {
     FAULT_ALLOCATION, /* malloc, calloc, realloc */
     FAULT_KINDS
 } fault_kind;
+
+/* Not under a sanitizer: there only the simulated driver fails. */
+bool faults_possible(void);
 
 /* Find libvmm.so among what is loaded. Calls before this are not counted. */
 void faults_begin(void);

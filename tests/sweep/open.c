@@ -63,8 +63,11 @@ bool sweep_open(const char *device, const fault *fault, tally *tally) {
     fflush(stdout);
     pid_t child = fork();
     CHECK(child >= 0);
-    if (!child)
-        _exit(attempt(device, fault)); /* without the message of a failure */
+    if (!child) {
+        int outcome = attempt(device, fault);
+        say_no_more();
+        exit(outcome); /* not _exit(): what was covered is to be written down */
+    }
     CHECK(waitpid(child, &status, 0) == child);
     if (!WIFEXITED(status) || WEXITSTATUS(status) < NO_SUCH_CALL)
         FAIL("device_open ended with status %x", status);

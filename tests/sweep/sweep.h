@@ -82,7 +82,6 @@ typedef struct scene {
 /* scene.flags: what makes no difference is swept once, */
 enum {
     CUDA_ONLY = 1,
-    HOST_ONLY = 512,
     ONE_LAYOUT = 2, /* seq */
     ONE_BLOCKS = 4, /* fresh */
     ONE_SIZE = 8,   /* auto */
@@ -152,6 +151,9 @@ typedef struct simulator {
 const simulator *the_simulator(void);
 
 /* ---- sweep.c ----------------------------------------------------------------------------- */
+
+/* The program ends well: no message of where it was. */
+void say_no_more(void);
 
 /* What is made to fail. */
 typedef struct fault {
