@@ -73,6 +73,7 @@ help:
 	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
 	@echo 'make soak         100 000 random operations with failing driver calls, half an hour'
 	@echo 'make test-frameworks  whole models, in every way of generating'
+	@echo '                  (make test-paddlenlp, test-paddleformers: those alone)'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
 	@echo 'make check-san    the C tests under ASan, LSan and UBSan, then under TSan'
