@@ -96,7 +96,7 @@ class SmallLlama(nn.Layer):
 
     def decode_in_program(self, ids, n_tokens):
         """The same with a loop that a program can hold. The caches are returned as well: what a
-        loop leaves and nothing uses, Paddle's executor keeps until the program runs again."""
+        loop leaves and nothing uses, Paddle's executor keeps."""
         position = paddle.zeros([1], "int64")
         token, (k0, v0, k1, v1) = self.step(ids, [], position, None)
         position = paddle.full([1], ids.shape[1], "int64")

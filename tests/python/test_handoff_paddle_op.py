@@ -2,10 +2,8 @@
 in to_static and in static programs, in while loops. It is compiled here if it is not yet."""
 
 import os
-import re
 import threading
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -425,26 +423,3 @@ def test_it_is_built_once_and_loaded_quietly():
         print(paddle_op.library())
         """
     assert run_python(code).splitlines()[-1] == paddle_op.library()
-
-
-# ---- the page -----------------------------------------------------------------------------------
-
-PAGE = Path(__file__).resolve().parents[2] / "docs/paddle.md"
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-
-
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_examples_of_the_page(number, tmp_path):
-    # From a file: to_static reads the source.
-    (tmp_path / "example.py").write_text(EXAMPLES[number])
-    said = run_python(
-        f"""
-        import sys, warnings
-        warnings.simplefilter("ignore")
-        sys.path.insert(0, {str(tmp_path)!r})
-        import example
-        """,
-        check=False,
-    )
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.strip()
