@@ -20,6 +20,7 @@ import cupy
 from pyvmm._allocator import Allocator
 from pyvmm._concat import Framework, fall_back, join, register
 from pyvmm._error import OutOfMemoryError
+from pyvmm._frameworks import gpu_name
 from pyvmm._pool import Pool, default_pool
 
 __all__ = ["allocator", "concatenate"]
@@ -83,8 +84,10 @@ def concatenate(
 
 # ---- memory -----------------------------------------------------------------------
 
+_FIRST_GPU = gpu_name(cupy, 0)
 
-def allocator(pool: Pool | str = "cuda:0") -> Any:
+
+def allocator(pool: Pool | str = _FIRST_GPU) -> Any:
     """What cupy.cuda.set_allocator() and using_allocator() take, over a pool or over the
     default pool of a device: CuPy's memory pool with ours beneath it.
 

@@ -37,6 +37,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pyvmm._allocator import bind
 from pyvmm._concat import Framework, fall_back, is_tensor_at, join, register
+from pyvmm._frameworks import gpu_name
 from pyvmm._inplace import Switch, Turned
 from pyvmm._pool import Pool, default_pool
 
@@ -227,8 +228,10 @@ _SWITCH = Switch(
 
 # ---- memory -----------------------------------------------------------------------
 
+_FIRST_GPU = gpu_name(torch, 0)
 
-def allocator(pool: Pool | str = "cuda:0") -> torch.cuda.memory.CUDAPluggableAllocator:
+
+def allocator(pool: Pool | str = _FIRST_GPU) -> torch.cuda.memory.CUDAPluggableAllocator:
     """torch's pluggable allocator over a pool, or over the default pool of a device.
 
         memory = torch.cuda.MemPool(pyvmm.torch.allocator(pool).allocator())
