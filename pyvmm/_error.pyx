@@ -78,13 +78,28 @@ cdef object _exception(vmm_status status, str message, int driver_code, str oper
 
 
 # Who holds what (_memory.py, a layer above), for a shortage to tell: returns the holders, and
-# the same as text.
+# the same as text. It asks the drivers, which may be short of memory for that, too: threads that
+# are in it are listed, and what they meet there is told without.
 cdef object _who_holds_what = None
+cdef set _explaining = set()
 
 
 cdef int explain_shortages(object who_holds_what) except -1:
     global _who_holds_what
     _who_holds_what = who_holds_what
+    return 0
+
+
+cdef int explain(exception) except -1:
+    thread = PyThread_get_thread_ident()
+    if thread in _explaining:
+        return 0
+    _explaining.add(thread)
+    try:
+        exception.holders, text = _who_holds_what()
+    finally:
+        _explaining.discard(thread)
+    exception.args = (f"{exception.args[0]}\n{text}",)
     return 0
 
 
@@ -99,8 +114,7 @@ cdef int raise_last(vmm_status status) except -1 nogil:
             error.operation.decode("utf-8", "replace") if error.operation else "",
         )
         if status == VMM_ERR_OUT_OF_MEMORY and _who_holds_what is not None:
-            exception.holders, text = _who_holds_what()
-            exception.args = (f"{exception.args[0]}\n{text}",)
+            explain(exception)
         raise exception
 
 

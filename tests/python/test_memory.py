@@ -152,3 +152,18 @@ def test_a_shortage_on_the_host_has_the_table_too(host):
         assert ("host", "pyvmm.Pool", 65536, 0) in caught.value.holders
         assert "host: " in str(caught.value) and "64 KiB" in str(caught.value)
         assert held(pool) == {"in_use": 65536}
+
+
+def test_a_driver_that_has_no_memory_to_say_who_holds_it():
+    said = small_device("""
+        t = rows(pyvmm.Pool("cuda:0"), 2)
+        cuda_helper.load().vmm_sim_fail(b"*", cuda_helper.ctypes.c_long(1), 2, -1)
+        try:
+            t.grow(2)
+        except pyvmm.OutOfMemoryError as error:
+            print(error.driver_code, error.holders)
+        cuda_helper.load().vmm_sim_fail_none()
+        t.grow(2)
+        print(t.length)
+    """)
+    assert said.splitlines() == ["2 []", "4"]
