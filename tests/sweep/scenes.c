@@ -99,6 +99,35 @@ static void many_closed(world *w) {
     }
 }
 
+/* ---- allocations ------------------------------------------------------------------------------- */
+
+/* Not a whole number of blocks. */
+#define ALLOCATED_BYTES 10000
+
+static vmm_status run_alloc(world *w) {
+    return vmm_pool_alloc(w->f.pool, ALLOCATED_BYTES, w->streams[0], &w->memory);
+}
+
+/* Every byte is there, and the pool knows it again. */
+static void check_alloc(world *w) {
+    memset(w->memory, 0x5a, ALLOCATED_BYTES);
+    CHECK_OK(vmm_pool_free(w->f.pool, w->memory));
+    CHECK_STATUS(vmm_pool_free(w->f.pool, w->memory), VMM_ERR_INVALID);
+    CHECK_OK(run_alloc(w));
+}
+
+static void allocated(world *w) {
+    one_tensor(w);
+    CHECK_OK(run_alloc(w));
+}
+
+static vmm_status run_free(world *w) {
+    vmm_status status = vmm_pool_free(w->f.pool, w->memory);
+    if (!status)
+        w->memory = NULL;
+    return status;
+}
+
 /* ---- growing ----------------------------------------------------------------------------------- */
 
 static vmm_status run_map(world *w) {
@@ -458,6 +487,10 @@ const scene scenes[] = {
     {"reserve", ONE_BLOCKS | TAKES_ADDRESSES, one_tensor, run_reserve, check_reserve, 0},
     {"reserve, many closed before", ONCE | TAKES_ADDRESSES | FENCES, many_closed, run_reserve,
      check_reserve, 0},
+    {"pool_alloc", ONE_LAYOUT | TAKES_ADDRESSES | SUBMITS, one_tensor, run_alloc, check_alloc, 0},
+    {"pool_alloc, queued memory in the budget", CUDA_ONLY | ONE_BLOCKS | FENCES | SUBMITS,
+     queued_memory, run_alloc, check_alloc, 8},
+    {"pool_free", ONE_LAYOUT | ONE_BLOCKS, allocated, run_free, nothing, 0},
     {"map", 0, one_tensor, run_map, check_map, 0},
     {"grow", 0, one_tensor, run_grow, check_grow, 0},
     {"grow, the first rows", ONE_BLOCKS, first_rows, run_grow, check_grow, 0},

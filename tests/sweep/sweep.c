@@ -146,7 +146,7 @@ static bool attempt(const scene *scene, const config *config, const fault *fault
     if (was_refused) {
         CHECK(call);
         fault_check_error(fault, call, status, scene->flags);
-        CHECK(!w.made);
+        CHECK(!w.made && !w.memory);
         snapshot_take(&after, &w);
         snapshot_compare(&before, &after, scene, is_exact(scene, config, fault, call));
         world_check(&w);
