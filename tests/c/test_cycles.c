@@ -4,6 +4,13 @@
 
 #include <unistd.h>
 
+#ifdef __SANITIZE_ADDRESS__
+/* What has been freed is resident as long as ASan keeps it back, and by default that is long. */
+const char *__asan_default_options(void) {
+    return "quarantine_size_mb=1";
+}
+#endif
+
 #define N_CYCLES 10000
 #define N_WARM_UP 500
 
