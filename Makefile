@@ -45,7 +45,8 @@ SWEEP := $(BUILD)/tests/sweep
 C_BENCHES := $(patsubst benchmarks/%.c,$(BUILD)/benchmarks/%,$(wildcard benchmarks/bench_*.c))
 SIM_SOURCES := $(filter-out %/entry.c %/hip_entry.c,$(wildcard tests/sim/*.c))
 SIM := $(if $(SIM_SOURCES),$(BUILD)/sim/libcuda.so.1 $(BUILD)/sim/libamdhip64.so)
-C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu tests/*/*.[ch] benchmarks/*.[ch])
+C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu tests/*/*.[ch] benchmarks/*.[ch] \
+            benchmarks/*.cc pyvmm/*/*.cc)
 PYX_FILES = $(wildcard pyvmm/*.pyx pyvmm/*.pxd)
 
 VENV_PYTHON := $(VENV)/bin/python
@@ -69,9 +70,11 @@ help:
 	@echo 'make demo         a virtual environment in $(VENV), a build, and python -m pyvmm demo'
 	@echo 'make demo-llm     the same for a real model (downloads a few hundred MB)'
 	@echo 'make test         all C and Python tests that this machine can run;'
-	@echo '                  WITH="torch jax paddle" installs these and tests the hand-off'
+	@echo '                  WITH="torch jax paddle transformers numba" installs these and tests'
+	@echo '                  the hand-off'
 	@echo 'make soak         100 000 random operations with failing driver calls, half an hour'
 	@echo 'make test-frameworks  whole models, in every way of generating'
+	@echo '                  (make test-paddlenlp, test-paddleformers: those alone)'
 	@echo 'make inplace      build offline, in place, with what $$(PYTHON) already has'
 	@echo 'make test-inplace the same, then the tests with that interpreter'
 	@echo 'make check-san    the C tests under ASan, LSan and UBSan, then under TSan'
@@ -270,6 +273,20 @@ soak: venv $(call have,test)
 	@$(IN_VENV)
 	@$(TEST_PROGRAMS)
 	@$(VENV_PYTHON) tests/python/soak.py
+
+# Libraries over Paddle whose pins do not go with anyone else's: an environment for each.
+PADDLE_LIBRARIES := paddlenlp paddleformers
+.PHONY: $(PADDLE_LIBRARIES:%=test-%)
+test-frameworks: $(PADDLE_LIBRARIES:%=test-%)
+
+$(VENV)-%/.have: tests/requirements-%.txt | check-venv
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q -r $<
+	@touch $@
+
+$(PADDLE_LIBRARIES:%=test-%): test-%: venv $(VENV)-%/.have
+	@$(IN_VENV)
+	PYTHONPATH='$(CURDIR)' $(VENV)-$*/bin/python -m pytest -q tests/frameworks/test_$*.py
 
 test-inplace: inplace
 	@$(TEST_PROGRAMS)

@@ -81,6 +81,10 @@ class build_extensions(build_ext):
         target = os.path.join(package, LIBRARY)
         shutil.copyfile("build/libvmm.so", target + ".new")
         os.replace(target + ".new", target)
+        if not self.inplace:
+            # For those who compile against the library: get_include().
+            self.mkpath(os.path.join(package, "include"))
+            shutil.copyfile("libvmm/include/vmm.h", os.path.join(package, "include", "vmm.h"))
 
     def build_extensions(self):
         from Cython.Build import cythonize
@@ -110,8 +114,8 @@ class WithoutMetadata(Distribution):
 
 setup(
     distclass=WithoutMetadata if "--inplace" in sys.argv else Distribution,
-    packages=["pyvmm"],
-    package_data={"pyvmm": ["*.pyi", "py.typed"]},
+    packages=["pyvmm", "pyvmm.paddle_op"],
+    package_data={"pyvmm": ["*.pyi", "py.typed"], "pyvmm.paddle_op": ["*.cc"]},
     include_package_data=False,
     cmdclass={"build_libvmm": build_libvmm, "build_ext": build_extensions},
     ext_modules=[

@@ -3,6 +3,7 @@ from pyvmm._view cimport View
 
 cdef class Framework:
     cdef public bint counts_elements
+    cdef public object default_layout
 
     cpdef object unfit(self, object cache, object new)
     cpdef object concatenate(self, object cache, object new, object axis)

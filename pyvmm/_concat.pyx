@@ -74,6 +74,7 @@ cdef class Framework:
     """What concat() asks of a framework. An instance is registered for its type of arrays.
 
     counts_elements: strides count elements and not bytes
+    default_layout:  of what is taken in, None for pyvmm.empty()'s
     """
 
     cpdef object unfit(self, object cache, object new):
@@ -460,6 +461,8 @@ cdef object _take_in(Framework framework, object cache, const Source *old, objec
         capacity = max(LEAST_CAPACITY, CAPACITY_FACTOR * n_rows)
     else:
         capacity = max(count(capacity, "capacity", 1), n_rows)
+    if layout is None:
+        layout = framework.default_layout
     dtype = name_of(old.array.dtype.code, old.array.dtype.bits)
     device = device_name(old.device)
     tensor = empty(shape, dtype, axis=axis, capacity=capacity, device=device, layout=layout,

@@ -93,6 +93,10 @@ class Switch:
                 if self._n_blocks == 0:
                     self._put_back()
 
+    def stay(self, capacity: SupportsIndex | None, layout: str | None, pool: Pool | None) -> None:
+        """Open a block that this thread never leaves. Nothing is replaced for it."""
+        self._thread.blocks.append(Turned(capacity, layout, pool))
+
     def active(self) -> Turned | None:
         """The innermost block that this thread is in."""
         blocks = self._thread.blocks

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm._device import device_info
 from pyvmm._error import VMMError
+from pyvmm._frameworks import gpu_kind
 from pyvmm._report import Table, plain_lines
 from pyvmm._sizes import size_text
 
@@ -97,15 +98,15 @@ _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 def _caches(device: str) -> Iterator[tuple[str, _Cache, int, int]]:
     """Name, cache, bytes in use and bytes kept of each framework that uses the device."""
-    index = int(device.rpartition(":")[2])
+    own_kind, _, index = device.partition(":")
     for name, kind in _CACHES.items():
         module = sys.modules.get(name)
         if not isinstance(module, ModuleType):
             continue
-        cache = kind(module, index)
+        cache = kind(module, int(index))
         # A framework that fails, or is only half imported, must not hide the shortage.
         try:
-            found = cache.bytes()
+            found = cache.bytes() if gpu_kind(module) == own_kind else None
         except Exception:
             continue
         if found is not None:

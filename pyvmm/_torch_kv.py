@@ -12,6 +12,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 import pyvmm
+from pyvmm._frameworks import gpu_name
 
 Layout = Literal["seq", "lane", "c"]
 
@@ -89,7 +90,7 @@ class KVPair:
                 states.dtype,
                 axis=-2,
                 capacity=capacity,
-                device="host" if on_host else f"cuda:{states.device.index}",
+                device="host" if on_host else gpu_name(torch, states.device.index),
                 layout=layout or default_layout(states),
                 pool=pool,
             )

@@ -1,8 +1,11 @@
-"""CuPy: a concatenate that appends.
+"""CuPy: a concatenate that appends, and an allocator over a pool.
 
     cache = pyvmm.cupy.concatenate((cache, new), axis=1)
 
-Equal in value to cupy.concatenate; see pyvmm.concat(). Appends run on CuPy's current stream.
+    cupy.cuda.set_allocator(pyvmm.cupy.allocator(pool))     # CuPy's own arrays, within its budget
+
+Results are equal in value to cupy.concatenate's; see pyvmm.concat(). Appends run on CuPy's
+current stream.
 """
 
 # mypy: disable-error-code="misc, no-untyped-call"
@@ -14,10 +17,13 @@ from typing import Any, SupportsIndex
 
 import cupy
 
+from pyvmm._allocator import Allocator
 from pyvmm._concat import Framework, fall_back, join, register
-from pyvmm._pool import Pool
+from pyvmm._error import OutOfMemoryError
+from pyvmm._frameworks import gpu_name
+from pyvmm._pool import Pool, default_pool
 
-__all__ = ["concatenate"]
+__all__ = ["allocator", "concatenate"]
 
 
 class _CuPy(Framework):
@@ -74,3 +80,46 @@ def concatenate(
         if result is not None:
             return result
     return cupy.concatenate(tup, axis, out, dtype=dtype, casting=casting)
+
+
+# ---- memory -----------------------------------------------------------------------
+
+_FIRST_GPU = gpu_name(cupy, 0)
+
+
+def allocator(pool: Pool | str = _FIRST_GPU) -> Any:
+    """What cupy.cuda.set_allocator() and using_allocator() take, over a pool or over the
+    default pool of a device: CuPy's memory pool with ours beneath it.
+
+    What CuPy allocates counts against the pool's budget, beside the tensors that grow. Where
+    it is exhausted, CuPy gives its unused blocks back, asks again and raises
+    cupy.cuda.memory.OutOfMemoryError; out-of-memory callbacks of the pool are not run.
+
+    The arrays may outlive the pool. Raises ValueError for a pool of the host; allocating on
+    another device than the pool's is a ValueError, too."""
+    if isinstance(pool, str):
+        pool = default_pool(pool)
+    if pool.device == "host":
+        raise ValueError("CuPy's arrays are on a GPU, and this pool is of the host")
+    name = pool.device
+    own_index = int(name.rpartition(":")[2])
+    memory = Allocator(pool)
+
+    def alloc(n_bytes: int, index: int) -> int:
+        if index != own_index:
+            raise ValueError(f"the allocator is of a pool of {name}, and the device is {index}")
+        if n_bytes == 0:
+            return 0
+        try:
+            return memory.alloc(n_bytes)
+        except OutOfMemoryError:
+            # What CuPy's pool answers by giving back what it keeps.
+            code = cupy.cuda.runtime.errorMemoryAllocation
+            raise cupy.cuda.runtime.CUDARuntimeError(code) from None
+
+    def free(pointer: int, index: int) -> None:
+        if pointer:
+            memory.free(pointer)
+
+    function_allocator = cupy.cuda.PythonFunctionAllocator(alloc, free)
+    return cupy.cuda.MemoryPool(function_allocator.malloc).malloc

@@ -5,6 +5,10 @@
     with pyvmm.torch.inplace_cat():                  # every growing torch.cat in here
         model.generate(**inputs)
 
+    memory = torch.cuda.MemPool(pyvmm.torch.allocator(pool).allocator())
+    with torch.cuda.use_mem_pool(memory):            # torch's own tensors, within pool's budget
+        weights = torch.empty(...)
+
 Results are torch tensors, equal in value to torch.cat's and strided: where they are not
 contiguous, `.view` of them may fail where `.reshape` does not. A result shares memory with the
 one before it, so writing into one in place is seen through the other.
@@ -31,11 +35,13 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils.dlpack import from_dlpack
 
+from pyvmm._allocator import bind
 from pyvmm._concat import Framework, fall_back, is_tensor_at, join, register
+from pyvmm._frameworks import gpu_name
 from pyvmm._inplace import Switch, Turned
-from pyvmm._pool import Pool
+from pyvmm._pool import Pool, default_pool
 
-__all__ = ["cat", "inplace_cat"]
+__all__ = ["allocator", "cat", "inplace_cat"]
 
 _Tensor = torch.Tensor
 _cat = torch.cat
@@ -218,6 +224,34 @@ _SWITCH = Switch(
         (_Tensor, "view", _viewing),
     ],
 )
+
+
+# ---- memory -----------------------------------------------------------------------
+
+_FIRST_GPU = gpu_name(torch, 0)
+
+
+def allocator(pool: Pool | str = _FIRST_GPU) -> torch.cuda.memory.CUDAPluggableAllocator:
+    """torch's pluggable allocator over a pool, or over the default pool of a device.
+
+        memory = torch.cuda.MemPool(pyvmm.torch.allocator(pool).allocator())
+        with torch.cuda.use_mem_pool(memory):
+            ...
+
+    What torch allocates in the block counts against the pool's budget, beside the tensors that
+    grow. torch caches on top of it: its cache goes back by torch.cuda.empty_cache(), or with
+    the MemPool. Where the budget is exhausted, torch empties its cache, asks again and raises
+    torch.cuda.OutOfMemoryError; out-of-memory callbacks of the pool are not run, since torch
+    holds its lock.
+
+    The pool is bound to its device for the life of the process, one for each device. Within
+    torch.cuda.memory.change_current_allocator() it works too, but torch does not check there
+    whether there was memory.
+
+    Raises ValueError for a pool of the host, or when another one is bound to the device."""
+    if isinstance(pool, str):
+        pool = default_pool(pool)
+    return torch.cuda.memory.CUDAPluggableAllocator(*bind(pool))
 
 
 # ---- copies -----------------------------------------------------------------------

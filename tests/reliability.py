@@ -13,14 +13,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/RELIABILITY.md"
-SIMULATOR = ROOT / "build/sim/libcuda.so.1"
-PROGRAM = ROOT / "build/tests/sweep"
+BUILD = ROOT / "build"
 # Label, device, environment. Drivers before 12.5 have no event for a whole context.
 SWEEPS = (
     ("host", "host", {}),
     ("CUDA 13.0", "cuda:0", {}),
     ("CUDA 12.4", "cuda:0", {"VMM_SIM_DRIVER_VERSION": "12040"}),
     ("CUDA 11.3", "cuda:0", {"VMM_SIM_DRIVER_VERSION": "11030"}),
+    ("HIP", "hip:0", {}),
 )
 # How often these call the driver depends on the machine: on how much it can reserve, on what
 # the kernels were compiled with. They are swept, and not counted.
@@ -86,6 +86,18 @@ def sweeps_table(sweeps):
     return total + "\n\n" + "\n".join(table)
 
 
+def simulated_driver(build, device):
+    """The environment in which libvmm finds the simulated driver for a device."""
+    if not device.startswith("hip"):
+        return {"VMM_CUDA_LIBRARY": str(build / "sim/libcuda.so.1")}
+    drivers = {"VMM_HIP_LIBRARY": str(build / "sim/libamdhip64.so")}
+    # Where no compiler has made kernels for AMD GPUs, a text stands for them, which the simulator
+    # knows: it runs C functions either way.
+    if not (build / "append.hipfb").stat().st_size:
+        drivers["VMM_HIP_KERNELS"] = str(ROOT / "tests/sim/append.simcode")
+    return drivers
+
+
 def parse(label, output):
     return [(label, json.loads(line)) for line in output.splitlines() if line.startswith("{")]
 
@@ -94,8 +106,9 @@ def main():
     sweeps = []
     for label, device, extra in SWEEPS:
         print(f"sweeping {label}", flush=True)
-        env = {**os.environ, "VMM_CUDA_LIBRARY": str(SIMULATOR), **extra}
-        result = subprocess.run([PROGRAM, device, "--json"], env=env, stdout=subprocess.PIPE)
+        env = {**os.environ, **simulated_driver(BUILD, device), **extra}
+        program = BUILD / "tests/sweep"
+        result = subprocess.run([program, device, "--json"], env=env, stdout=subprocess.PIPE)
         if result.returncode:
             sys.exit(result.stdout.decode()[-2000:])
         sweeps += parse(label, result.stdout.decode())

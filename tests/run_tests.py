@@ -69,17 +69,11 @@ def environment(**extra):
     return {**clean, **extra}
 
 
-def simulated_cuda(build, **extra):
-    return environment(VMM_CUDA_LIBRARY=str(build / "sim/libcuda.so.1"), **extra)
-
-
-def simulated_hip(build, **extra):
-    """Where no compiler has made kernels for AMD GPUs, a text stands for them, which the
-    simulator knows: it runs C functions either way."""
-    if not (build / "append.hipfb").stat().st_size:
+def simulated(build, device, **extra):
+    driver = reliability.simulated_driver(build, device)
+    if "VMM_HIP_KERNELS" in driver:
         print("no HIP compiler: on hip:0, simulated, a text stands for the append kernel")
-        extra["VMM_HIP_KERNELS"] = str(ROOT / "tests/sim/append.simcode")
-    return environment(VMM_HIP_LIBRARY=str(build / "sim/libamdhip64.so"), **extra)
+    return environment(**driver, **extra)
 
 
 def find_devices(build, without_gpu=False):
@@ -87,8 +81,8 @@ def find_devices(build, without_gpu=False):
     devices = [("host", "host", environment())]
     # A C test closes all that it opened: what the driver still holds at exit is a leak.
     strict = {"VMM_SIM_CHECK_EXIT": "1"}
-    devices.append(("cuda:0, simulated", "cuda:0", simulated_cuda(build, **strict)))
-    devices.append(("hip:0, simulated", "hip:0", simulated_hip(build, **strict)))
+    devices.append(("cuda:0, simulated", "cuda:0", simulated(build, "cuda:0", **strict)))
+    devices.append(("hip:0, simulated", "hip:0", simulated(build, "hip:0", **strict)))
     if without_gpu:
         return devices
     probe = subprocess.run([sys.executable, "-c", GPU_PROBE], capture_output=True, text=True)
@@ -135,7 +129,7 @@ def run_sweeps(build, under, totals):
     sweeps = []
     for label, device, extra in reliability.SWEEPS:
         program, arguments = build / "tests/sweep", [device, "--json"]
-        env = simulated_cuda(build, **extra)
+        env = simulated(build, device, **extra)
         output = run_c_test(program, label, arguments, env, totals, under)
         sweeps += reliability.parse(label, output)
     return sweeps
@@ -206,9 +200,9 @@ def run_python_tests(build, devices):
         totals.add(run_pytest(path.stem, [path], environment()))
     ignored = [f"--ignore={tests / name}" for name in DEVICELESS]
     arguments = [tests, "--ignore-glob=*/test_handoff_*", *ignored]
-    env = simulated_cuda(build, PYVMM_TEST_DEVICE="sim")
+    env = simulated(build, "cuda:0", PYVMM_TEST_DEVICE="sim")
     totals.add(run_pytest("simulated cuda:0", arguments, env))
-    env = simulated_hip(build, PYVMM_TEST_DEVICE="sim-hip")
+    env = simulated(build, "hip:0", PYVMM_TEST_DEVICE="sim-hip")
     totals.add(run_pytest("simulated hip:0", arguments, env))
     return totals
 

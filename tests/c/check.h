@@ -86,13 +86,15 @@ static inline bool has_memory_limits(void) {
 typedef unsigned long long cu_pointer;
 
 /* X(name, CUDA's symbol, HIP's, parameters). HIP has pointers where CUDA has addresses, which
- * are passed in the same way, and no contexts: there its symbol is NULL. */
+ * are passed in the same way, and a device's number where CUDA has a context: what only one of
+ * them has is NULL in the other. */
 #define CUDA_CALLS(X)                                                                              \
     X(init, "cuInit", "hipInit", (unsigned))                                                       \
     X(device_get, "cuDeviceGet", "hipDeviceGet", (int *, int))                                     \
     X(retain, "cuDevicePrimaryCtxRetain", NULL, (void **, int))                                    \
     X(set_current, "cuCtxSetCurrent", NULL, (void *))                                              \
     X(get_current, "cuCtxGetCurrent", NULL, (void **))                                             \
+    X(set_device, NULL, "hipSetDevice", (int))                                                     \
     X(synchronize, "cuCtxSynchronize", "hipDeviceSynchronize", (void))                             \
     X(memory_info, "cuMemGetInfo_v2", "hipMemGetInfo", (size_t *, size_t *))                       \
     X(alloc, "cuMemAlloc_v2", "hipMalloc", (cu_pointer *, size_t))                                 \
@@ -188,7 +190,7 @@ static inline const cuda_api *cuda(void) {
 
 typedef struct fixture {
     const char *name; /* "host", "cuda:0", "hip:0" */
-    bool is_cuda;     /* a GPU, AMD's included */
+    bool is_gpu;      /* a GPU, AMD's included */
     vmm_device *device;
     vmm_pool *pool;
     size_t granularity_bytes;
@@ -204,8 +206,9 @@ static inline fixture fixture_open(int argc, char **argv, size_t block_bytes, si
         SKIP("%s", vmm_last_error()->message);
     CHECK_OK(status);
     CHECK_OK(vmm_device_query(f.device, &info));
-    f.is_cuda = info.kind != VMM_DEVICE_HOST;
-    is_hip = info.kind == VMM_DEVICE_HIP;
+    f.is_gpu = info.kind != VMM_DEVICE_HOST;
+    if (f.is_gpu) /* the host, opened beside it, changes nothing */
+        is_hip = info.kind == VMM_DEVICE_HIP;
     f.granularity_bytes = info.granularity_bytes;
     CHECK_OK(vmm_pool_create(f.device, block_bytes, max_bytes, &f.pool));
     return f;
@@ -256,20 +259,20 @@ static inline size_t held_bytes(vmm_pool *pool) {
 
 /* Copy from a device's memory once all that was submitted to it is done. */
 static inline void read_device(const fixture *f, void *dst, uintptr_t src, size_t bytes) {
-    if (f->is_cuda)
+    if (f->is_gpu)
         CHECK_CUDA(cuda()->to_host(dst, src, bytes));
     else
         memcpy(dst, (const void *)src, bytes);
 }
 
 static inline void synchronize(const fixture *f) {
-    if (f->is_cuda)
+    if (f->is_gpu)
         CHECK_CUDA(cuda()->synchronize());
 }
 
 /* Memory of the device, for sources. */
 static inline void *device_alloc(const fixture *f, size_t bytes) {
-    if (f->is_cuda) {
+    if (f->is_gpu) {
         cu_pointer pointer;
         CHECK_CUDA(cuda()->alloc(&pointer, bytes ? bytes : 1));
         return (void *)(uintptr_t)pointer;
@@ -280,14 +283,14 @@ static inline void *device_alloc(const fixture *f, size_t bytes) {
 }
 
 static inline void device_free(const fixture *f, void *pointer) {
-    if (f->is_cuda)
+    if (f->is_gpu)
         CHECK_CUDA(cuda()->free((uintptr_t)pointer));
     else
         free(pointer);
 }
 
 static inline void write_device(const fixture *f, void *dst, const void *src, size_t bytes) {
-    if (f->is_cuda)
+    if (f->is_gpu)
         CHECK_CUDA(cuda()->to_device((uintptr_t)dst, src, bytes));
     else
         memcpy(dst, src, bytes);
@@ -298,7 +301,7 @@ static inline void write_device(const fixture *f, void *dst, const void *src, si
 static inline long simulated_calls(const fixture *f) {
     long (*calls)(const char *) = NULL;
 
-    if (f->is_cuda)
+    if (f->is_gpu)
         *(void **)&calls = dlsym(cuda_library(), "vmm_sim_calls");
     return calls ? calls("*") : 0;
 }

@@ -46,7 +46,7 @@ static void test_contents(const fixture *f) {
     uint64_t before = pool_calls(f->pool);
     for (size_t i = 0; i < LENGTH_OF(sizes); i++)
         CHECK_OK(vmm_pool_free(f->pool, pointers[i]));
-    if (f->is_cuda) {
+    if (f->is_gpu) {
         CHECK_SIZE(pool_calls(f->pool), before); /* queued */
         CHECK_SIZE(stats_of(f->pool).queued_bytes, in_use * f->granularity_bytes);
     }

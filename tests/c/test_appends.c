@@ -17,14 +17,14 @@ static size_t slack_bound(const fixture *f, const vmm_tensor *t) {
 
 /* What an append may cost in driver calls while its rows are mapped. */
 static void check_cost(const vmm_tensor_stats *before, const vmm_tensor_stats *after,
-                       vmm_memory memory, bool is_cuda) {
+                       vmm_memory memory, bool is_gpu) {
     uint64_t delta[VMM_CALL_COUNT], sum = 0;
 
     for (int i = 0; i < VMM_CALL_COUNT; i++) {
         delta[i] = after->driver_calls[i] - before->driver_calls[i];
         sum += delta[i];
     }
-    if (!is_cuda) {
+    if (!is_gpu) {
         CHECK(delta[VMM_CALL_launch] + delta[VMM_CALL_copy] == sum && sum <= 1);
     } else if (memory == VMM_MEMORY_DEVICE) {
         CHECK(delta[VMM_CALL_launch] == 1 && sum == 1);
@@ -74,7 +74,7 @@ static void run(const fixture *f, vmm_layout layout, vmm_memory memory) {
         CHECK_OK(vmm_append(m.tensor, &source, NULL));
         CHECK_OK(vmm_stats(m.tensor, &after));
         if (within)
-            check_cost(&before, &after, memory, f->is_cuda);
+            check_cost(&before, &after, memory, f->is_gpu);
         n_within += within;
         model_extend(&m, 1 + (uint32_t)(i % source_rows), 1);
         CHECK(vmm_base(m.tensor) == m.base && vmm_length(m.tensor) == m.length);
@@ -107,8 +107,8 @@ int main(int argc, char **argv) {
     fixture f = fixture_open(argc, argv, 0, 0);
 
     for (int layout = VMM_LAYOUT_SEQ; layout <= VMM_LAYOUT_C; layout++)
-        run(&f, (vmm_layout)layout, f.is_cuda ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST);
-    if (f.is_cuda)
+        run(&f, (vmm_layout)layout, f.is_gpu ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST);
+    if (f.is_gpu)
         run(&f, VMM_LAYOUT_SEQ, VMM_MEMORY_HOST);
     fixture_close(&f);
     return 0;

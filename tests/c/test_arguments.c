@@ -142,7 +142,7 @@ static void test_tensor(const fixture *f) {
         bad.ndim = 3, bad.shape = fewer;
         CHECK_STATUS(vmm_append(m.tensor, &bad, NULL), VMM_ERR_SHAPE);
         bad = good;
-        bad.memory = VMM_MEMORY_DEVICE, bad.device_index = f->is_cuda ? 63 : 0;
+        bad.memory = VMM_MEMORY_DEVICE, bad.device_index = f->is_gpu ? 63 : 0;
         CHECK_STATUS(vmm_append(m.tensor, &bad, NULL), VMM_ERR_INVALID);
     }
 #undef REFUSED
@@ -196,7 +196,7 @@ static void test_tensor(const fixture *f) {
 int main(int argc, char **argv) {
     fixture f = fixture_open(argc, argv, 0, 0);
 
-    if (f.is_cuda)
+    if (f.is_gpu)
         cuda(); /* loading it makes calls of its own */
     test_pool(&f);
     test_reserve(&f);

@@ -28,7 +28,7 @@ static size_t resident_bytes(void) {
 static size_t device_free_bytes(const fixture *f) {
     size_t free_bytes = 0, total;
 
-    if (f->is_cuda)
+    if (f->is_gpu)
         CHECK_CUDA(cuda()->memory_info(&free_bytes, &total));
     return free_bytes;
 }
@@ -64,7 +64,7 @@ int main(int argc, char **argv) {
     fixture f = fixture_open(argc, argv, 0, 0);
     int64_t one_row[] = {1, 64 * 1024};
     vmm_array source = {.data = device_alloc(&f, 64 * KIB),
-                        .memory = f.is_cuda ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST,
+                        .memory = f.is_gpu ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST,
                         .dtype = VMM_UINT8,
                         .ndim = 2,
                         .shape = one_row};

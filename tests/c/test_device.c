@@ -83,7 +83,7 @@ static void test_counting(const fixture *f) {
 
     CHECK_OK(vmm_device_open(f->name, &again));
     CHECK(again == f->device);
-    CHECK_OK(vmm_device_open(is_hip ? "hip" : f->is_cuda ? "cuda" : "cpu", &third));
+    CHECK_OK(vmm_device_open(is_hip ? "hip" : f->is_gpu ? "cuda" : "cpu", &third));
     CHECK(third == f->device);
     CHECK_OK(vmm_pool_create(again, 0, 0, &pool)); /* a pool keeps its device for itself */
     vmm_device_close(again);
@@ -91,19 +91,19 @@ static void test_counting(const fixture *f) {
     CHECK_OK(vmm_device_query(f->device, &info));
     CHECK(strcmp(info.name, f->name) == 0);
     CHECK_OK(vmm_pool_close(pool));
-    CHECK(info.kind == (is_hip ? VMM_DEVICE_HIP : f->is_cuda ? VMM_DEVICE_CUDA : VMM_DEVICE_HOST));
+    CHECK(info.kind == (is_hip ? VMM_DEVICE_HIP : f->is_gpu ? VMM_DEVICE_CUDA : VMM_DEVICE_HOST));
     CHECK(info.index == 0);
     CHECK(info.granularity_bytes >= 4096 && info.recommended_bytes >= info.granularity_bytes);
     CHECK(info.granularity_bytes % 4096 == 0 && info.reservable_bytes >= GIB);
     CHECK(info.free_bytes <= info.total_bytes && info.total_bytes > 0);
     CHECK(info.description[0] && info.kernel[0]);
-    CHECK(f->is_cuda == (info.driver_version > 0));
+    CHECK(f->is_gpu == (info.driver_version > 0));
 }
 
 static void test_not_there(const fixture *f) {
     vmm_device *device = NULL;
 
-    if (!f->is_cuda)
+    if (!f->is_gpu)
         return;
     CHECK_STATUS(vmm_device_open(is_hip ? "hip:63" : "cuda:63", &device), VMM_ERR_NO_DEVICE);
     CHECK(!device && strstr(vmm_last_error()->message, "63"));
@@ -116,7 +116,7 @@ static void test_context(const fixture *f) {
     vmm_device *device;
     vmm_device_info info;
 
-    if (!f->is_cuda || is_hip)
+    if (!f->is_gpu || is_hip)
         return;
     for (int with_context = 0; with_context < 2; with_context++) {
         if (!with_context)
@@ -137,7 +137,7 @@ static void test_capture_mode(const fixture *f) {
     vmm_tensor *tensor;
     vmm_device *device;
 
-    if (!f->is_cuda)
+    if (!f->is_gpu)
         return;
     for (int mode = 0; mode < 3; mode++) {
         int before = mode, after;

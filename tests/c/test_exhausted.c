@@ -63,11 +63,11 @@ static void run(const fixture *f, size_t block_bytes) {
 int main(int argc, char **argv) {
     setenv("VMM_SIM_MEMORY", "134217728", 1); /* before the driver is loaded */
     fixture f = fixture_open(argc, argv, 0, 0);
-    if (f.is_cuda && !dlsym(cuda_library(), "vmm_sim_version"))
+    if (f.is_gpu && !dlsym(cuda_library(), "vmm_sim_version"))
         SKIP("a GPU's memory is not ours to exhaust: the simulated driver's is");
-    if (!f.is_cuda && !has_memory_limits())
+    if (!f.is_gpu && !has_memory_limits())
         SKIP("no limit of memory is in force under a sanitizer or valgrind");
-    if (!f.is_cuda)
+    if (!f.is_gpu)
         limit_host_memory(128 * MIB);
     run(&f, VMM_BLOCK_AUTO);
     run(&f, 2 * MIB);

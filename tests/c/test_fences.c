@@ -40,7 +40,7 @@ int main(int argc, char **argv) {
     uint8_t byte = 0;
     void *stream, *memory;
 
-    if (!f.is_cuda)
+    if (!f.is_gpu)
         SKIP("the host takes no fences");
     *(void **)&sim.calls = dlsym(cuda_library(), "vmm_sim_calls");
     *(void **)&sim.hold = dlsym(cuda_library(), "vmm_sim_hold");

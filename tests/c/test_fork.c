@@ -54,7 +54,7 @@ static int be_the_child(fixture *f, model *m, vmm_pin *pin, vmm_event *before) {
     vmm_event_close(before);
     CHECK_SIZE(vmm_length(m->tensor), m->length); /* what needs no driver still answers */
     CHECK(strstr(vmm_last_error()->message, "parent"));
-    if (f->is_cuda)
+    if (f->is_gpu)
         CHECK_STATUS(vmm_device_open(f->name, &device), VMM_ERR_FORKED);
 
     vmm_unpin(pin);
@@ -83,7 +83,7 @@ int main(int argc, char **argv) {
     vmm_event *event;
     int status;
 
-    if (f.is_cuda)
+    if (f.is_gpu)
         cuda();
     model m = model_open(&f, &spec);
     model_append(&m, VMM_UINT8, 500, VMM_MEMORY_HOST, NULL);
@@ -104,7 +104,7 @@ int main(int argc, char **argv) {
     CHECK_SIZE(vmm_pin_count(m.tensor), 1);
     vmm_unpin(pin);
     vmm_event_close(event);
-    if (!f.is_cuda) { /* touching it there is a fault, not another's data */
+    if (!f.is_gpu) { /* touching it there is a fault, not another's data */
         child = fork();
         if (child == 0) {
             volatile uint8_t *byte = m.base;

@@ -101,7 +101,10 @@ static void streams(void) {
     CHECK_CUDA(hip->hipEventRecord(event, NULL));
     refused(hip->hipEventRecord(event, (hipStream_t)1), "is no stream");
     refused(hip->hipStreamWaitEvent(stream, event, 1), "flags 0x1");
+    /* It has no status, so that it is no stream is all it can say. */
+    CHECK(sim.fail("hipGetStreamDeviceId", 1, 999, 1) == 0 && sim.fail("*", 1, 999, 1) == 0);
     CHECK(hip->hipGetStreamDeviceId(stream) == 0);
+    CHECK(hip->hipEventQuery(event) == 999);
     CHECK(strcmp(hip->hipGetErrorName(hipErrorOutOfMemory), "hipErrorOutOfMemory") == 0);
     CHECK(strcmp(hip->hipGetErrorName((hipError_t)12345), "hipErrorUnknown") == 0);
     CHECK_CUDA(hip->hipEventDestroy(event));

@@ -53,7 +53,7 @@ static void append_many(const fixture *f, model *models, size_t n, const size_t 
 }
 
 static void test_all_or_none(const fixture *f, vmm_layout layout) {
-    vmm_memory memory = f->is_cuda ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST;
+    vmm_memory memory = f->is_gpu ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST;
     vmm_spec spec = make_spec(layout, 500), small = make_spec(layout, 20);
     model models[3] = {model_open(f, &spec), model_open(f, &small), model_open(f, &spec)};
     const size_t fits[] = {7, 15, 0}, too_many[] = {3, 6, 2}, none[] = {0, 0, 0};
@@ -80,7 +80,7 @@ static void test_all_or_none(const fixture *f, vmm_layout layout) {
     CHECK_OK(vmm_pool_statistics(f->pool, &pool_before));
     append_many(f, models, 3, one, memory, VMM_OK);
     CHECK_OK(vmm_pool_statistics(f->pool, &pool_after));
-    if (f->is_cuda) {
+    if (f->is_gpu) {
         CHECK(pool_after.driver_calls[VMM_CALL_launch] -
                   pool_before.driver_calls[VMM_CALL_launch] ==
               1);
@@ -136,14 +136,13 @@ static void test_out_of_memory(const fixture *f) {
         CHECK_SIZE(vmm_row_bytes(models[i].tensor), 128);
         n_rows[i] = 2 * block / 128;
     }
-    append_many(&tight, models, 3, n_rows, f->is_cuda ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST,
+    append_many(&tight, models, 3, n_rows, f->is_gpu ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST,
                 VMM_ERR_OUT_OF_MEMORY);
     for (int i = 0; i < 3; i++) {
         model_check(&models[i]);
         CHECK_SIZE(vmm_mapped(models[i].tensor), 0);
     }
-    append_many(&tight, models, 2, n_rows, f->is_cuda ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST,
-                VMM_OK);
+    append_many(&tight, models, 2, n_rows, f->is_gpu ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST, VMM_OK);
     for (int i = 0; i < 3; i++) {
         model_check(&models[i]);
         model_close(&models[i]);
@@ -168,7 +167,7 @@ static void test_callback_leaves_them_alone(const fixture *f) {
     size_t block = f->granularity_bytes;
     fixture tight = *f;
     vmm_spec spec = make_spec(VMM_LAYOUT_SEQ, 8 * block / 128);
-    vmm_memory memory = f->is_cuda ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST;
+    vmm_memory memory = f->is_gpu ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST;
     model models[2];
     size_t n_rows[2] = {2 * block / 128, 2 * block / 128}, few[2] = {1, 1};
     vmm_tensor *fork, *other;
@@ -232,7 +231,7 @@ int main(int argc, char **argv) {
     test_out_of_memory(&f);
     test_callback_leaves_them_alone(&f);
     test_long_list(&f, VMM_MEMORY_HOST);
-    if (f.is_cuda)
+    if (f.is_gpu)
         test_long_list(&f, VMM_MEMORY_DEVICE);
     fixture_close(&f);
     return 0;

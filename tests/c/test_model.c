@@ -33,7 +33,7 @@ static void run(const fixture *f, const arrangement *a, vmm_layout layout, int n
                                         ? (size_t)a->block_granules * f->granularity_bytes
                                         : VMM_BLOCK_AUTO};
     model m = model_open(f, &spec);
-    vmm_memory device = f->is_cuda ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST;
+    vmm_memory device = f->is_gpu ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST;
 
     CHECK(vmm_length(m.tensor) == 0 && vmm_mapped(m.tensor) == 0);
     CHECK_SIZE(vmm_capacity(m.tensor), a->capacity);
@@ -120,7 +120,7 @@ int main(int argc, char **argv) {
     for (int layout = VMM_LAYOUT_SEQ; layout <= VMM_LAYOUT_C; layout++) {
         for (size_t i = 0; i < LENGTH_OF(arrangements); i++)
             run(&f, &arrangements[i], (vmm_layout)layout, 250, 1 + i);
-        run(&f, &large, (vmm_layout)layout, f.is_cuda ? 60 : 120, 99);
+        run(&f, &large, (vmm_layout)layout, f.is_gpu ? 60 : 120, 99);
     }
     fixture_close(&f);
     return 0;

@@ -11,7 +11,7 @@ static vmm_spec make_spec(const fixture *f, vmm_layout layout) {
                       .shape = shape,
                       .axis = 1,
                       .dtype = VMM_UINT8,
-                      .capacity = f->is_cuda ? 1000 : 200,
+                      .capacity = f->is_gpu ? 1000 : 200,
                       .layout = layout};
 }
 
@@ -102,7 +102,7 @@ static void test_outlives_owner(const fixture *f) {
     CHECK(stats.in_use_bytes >= bytes);
 
     uint64_t calls = pool_calls(f->pool);
-    if (f->is_cuda) {
+    if (f->is_gpu) {
         void *stream;
         CHECK_CUDA(cuda()->stream_create(&stream, CUDA_STREAM_NON_BLOCKING));
         CHECK_CUDA(cuda()->host_function(stream, unpin_callback, &last));
@@ -177,7 +177,7 @@ static void test_release_race(const fixture *f) {
 int main(int argc, char **argv) {
     fixture f = fixture_open(argc, argv, 0, 0);
 
-    if (f.is_cuda)
+    if (f.is_gpu)
         cuda();
     for (int layout = VMM_LAYOUT_SEQ; layout <= VMM_LAYOUT_C; layout++)
         test_pinned_rows(&f, (vmm_layout)layout);

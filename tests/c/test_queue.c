@@ -221,7 +221,7 @@ static void test_release_in_bracket(const fixture *f) {
     CHECK_OK(vmm_pool_capture_begin(pool));
     CHECK_OK(vmm_close(other));
     CHECK_OK(vmm_close(tensor));
-    if (f->is_cuda)
+    if (f->is_gpu)
         CHECK_STATUS(vmm_pool_trim(f->pool, 1), VMM_ERR_CAPTURING);
     vmm_pool_release(pool);
     CHECK_OK(vmm_pool_trim(f->pool, 1));
@@ -233,7 +233,7 @@ int main(int argc, char **argv) {
 
     test_release(&f);
     test_release_in_bracket(&f);
-    if (f.is_cuda) {
+    if (f.is_gpu) {
         cuda();
         CHECK_OK(vmm_pool_trim(f.pool, 1));
         test_close_queues(&f);

@@ -32,7 +32,7 @@ static void check_slack(const vmm_tensor *t, const policy *p) {
 }
 
 static void run(const fixture *f, vmm_layout layout, const policy *p, size_t step) {
-    size_t granules = f->is_cuda ? 48 : 3000; /* in each lane, at the end */
+    size_t granules = f->is_gpu ? 48 : 3000; /* in each lane, at the end */
     vmm_spec spec = {.ndim = 3,
                      .shape = shape,
                      .axis = 1,

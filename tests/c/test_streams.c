@@ -362,7 +362,7 @@ static void test_host(const fixture *f) {
 int main(int argc, char **argv) {
     fixture f = fixture_open(argc, argv, 0, 0);
 
-    if (f.is_cuda) {
+    if (f.is_gpu) {
         cuda();
         test_events(&f);
         test_order(&f);

@@ -72,7 +72,7 @@ static void run(const fixture *f, vmm_memory memory, uint64_t seed) {
         shape[ndim - 1] *= 16; /* runs that take wide accesses */
     CHECK_OK(vmm_reserve(f->pool, &spec, &tensor));
     n_lanes = vmm_lane_count(tensor);
-    if (f->is_cuda && n_lanes > 24) { /* a block for each lane is too much here */
+    if (f->is_gpu && n_lanes > 24) { /* a block for each lane is too much here */
         CHECK_OK(vmm_close(tensor));
         return;
     }
@@ -186,7 +186,7 @@ int main(int argc, char **argv) {
     test_transposed(&f);
     test_single_strides(&f);
     for (uint64_t round = 0; round < N_ROUNDS; round++)
-        run(&f, f.is_cuda && round % 2 ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST, round);
+        run(&f, f.is_gpu && round % 2 ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST, round);
     fixture_close(&f);
     return 0;
 }

@@ -131,7 +131,7 @@ static void fork_and_close(model *m) {
 static void *work(void *user) {
     worker *w = user;
 
-    w->device_rows = w->f->is_cuda ? device_alloc(w->f, 16 * 8000) : NULL;
+    w->device_rows = w->f->is_gpu ? device_alloc(w->f, 16 * 8000) : NULL;
     w->first = (uint32_t)w->seed * 1000003u + 1;
     for (int round = 0; round < N_ROUNDS; round++) {
         model models[N_TENSORS];
@@ -214,13 +214,13 @@ int main(int argc, char **argv) {
     fixture roomy[] = {f, f}, tight[] = {f, f};
     int callbacks = 0;
 
-    if (f.is_cuda)
+    if (f.is_gpu)
         cuda();
     CHECK_OK(vmm_pool_create(f.device, f.granularity_bytes, 0, &roomy[1].pool));
     CHECK_SIZE(run(roomy), 0);
 
     /* With budgets that are too small for all of them at once. */
-    size_t budget = f.is_cuda ? 10 * f.granularity_bytes : 2 * MIB;
+    size_t budget = f.is_gpu ? 10 * f.granularity_bytes : 2 * MIB;
     for (int i = 0; i < 2; i++) {
         CHECK_OK(vmm_pool_create(f.device, 0, budget, &tight[i].pool));
         CHECK_OK(vmm_pool_on_oom(tight[i].pool, on_oom, &callbacks));

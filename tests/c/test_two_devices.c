@@ -25,21 +25,34 @@ static void test_append_many(const fixture *a, const fixture *b) {
     model_close(&of_b);
 }
 
+/* Make a GPU current on this thread, by the context of CUDA's that stands for it. */
+static void set_device(int index) {
+    static void *contexts[2];
+
+    if (is_hip) {
+        CHECK_CUDA(cuda()->set_device(index));
+        return;
+    }
+    if (!contexts[index])
+        CHECK_CUDA(cuda()->retain(&contexts[index], index));
+    CHECK_CUDA(cuda()->set_current(contexts[index]));
+}
+
 /* A stream of the second GPU is none of the first's. */
-static void test_streams(const fixture *f) {
+static void test_streams(const fixture *f, const fixture *other) {
     model m = open_tensor(f);
-    void *context, *first, *stream;
+    char message[64];
+    void *stream;
     vmm_event *event;
 
-    CHECK_CUDA(cuda()->get_current(&first));
-    CHECK_CUDA(cuda()->retain(&context, 1));
-    CHECK_CUDA(cuda()->set_current(context));
+    set_device(1);
     CHECK_CUDA(cuda()->stream_create(&stream, CUDA_STREAM_NON_BLOCKING));
-    CHECK_CUDA(cuda()->set_current(first));
+    set_device(0);
 
     model_append(&m, VMM_UINT8, 3, VMM_MEMORY_HOST, NULL);
     CHECK_STATUS(vmm_handoff(m.tensor, stream), VMM_ERR_INVALID);
-    CHECK(strstr(vmm_last_error()->message, "'cuda:1', not to 'cuda:0'"));
+    snprintf(message, sizeof message, "'%s', not to '%s'", other->name, f->name);
+    CHECK(strstr(vmm_last_error()->message, message));
     CHECK_STATUS(vmm_truncate(m.tensor, 1, stream), VMM_ERR_INVALID);
     CHECK_STATUS(vmm_stream_wait(f->device, NULL, stream), VMM_ERR_INVALID);
     CHECK_STATUS(vmm_stream_wait(f->device, stream, NULL), VMM_ERR_INVALID);
@@ -48,17 +61,17 @@ static void test_streams(const fixture *f) {
     model_check(&m);
     model_close(&m);
 
-    CHECK_CUDA(cuda()->set_current(context));
+    set_device(1);
     CHECK_CUDA(cuda()->stream_destroy(stream));
-    CHECK_CUDA(cuda()->set_current(first));
+    set_device(0);
 }
 
 int main(int argc, char **argv) {
-    char *host[] = {"", "host"}, *second[] = {"", "cuda:1"};
+    char *host[] = {"", "host"}, *second[] = {"", NULL};
 
     setenv("VMM_SIM_DEVICES", "2", 0); /* before the driver is loaded */
     fixture f = fixture_open(argc, argv, 0, 0);
-    if (!f.is_cuda)
+    if (!f.is_gpu)
         SKIP("the host is one device");
     cuda();
     fixture other = fixture_open(2, host, 0, 0);
@@ -66,12 +79,15 @@ int main(int argc, char **argv) {
     fixture_close(&other);
 
     vmm_device *device;
-    if (vmm_device_open("cuda:1", &device))
+    second[1] = is_hip ? "hip:1" : "cuda:1";
+    if (vmm_device_open(second[1], &device)) {
+        fixture_close(&f);
         SKIP("there is one GPU only: %s", vmm_last_error()->message);
+    }
     vmm_device_close(device);
     other = fixture_open(2, second, 0, 0);
     test_append_many(&f, &other);
-    test_streams(&f);
+    test_streams(&f, &other);
     /* The one that was opened first is closed first, with the other still open. */
     fixture_close(&f);
     model m = open_tensor(&other);

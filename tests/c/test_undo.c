@@ -200,7 +200,7 @@ static void test_first_failure_is_told(const fixture *f) {
 int main(int argc, char **argv) {
     fixture f = fixture_open(argc, argv, 0, 0);
 
-    if (!f.is_cuda)
+    if (!f.is_gpu)
         SKIP("the host has no simulated driver");
     load_simulator();
     test_revived_without_access(&f);

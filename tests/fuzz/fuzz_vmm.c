@@ -97,7 +97,7 @@ static void arm(void) {
     static const int times[] = {1, 2, 3, 12, -1};
 
     w.failed_before = 0;
-    if (!w.f.is_cuda || !sim.fail)
+    if (!w.f.is_gpu || !sim.fail)
         return;
     w.failed_before = sim.failed();
     if (!w.failure.armed)
@@ -115,7 +115,7 @@ static void arm(void) {
 static vmm_status settle(vmm_status status, unsigned expected, const char *call) {
     bool injected = false;
 
-    if (w.f.is_cuda && sim.fail) {
+    if (w.f.is_gpu && sim.fail) {
         injected = sim.failed() > w.failed_before;
         sim.fail_none();
     }
@@ -182,7 +182,7 @@ static void check_pool(const pool_slot *slot) {
     }
     if (!slot->has_hidden)
         CHECK_SIZE(stats.in_use_bytes, in_use);
-    if (!w.f.is_cuda)
+    if (!w.f.is_gpu)
         CHECK(stats.queued_bytes == 0 && stats.free_bytes == 0 && stats.parked_bytes == 0);
 }
 
@@ -244,7 +244,7 @@ static void do_pool_create(void) {
 }
 
 static bool is_capturing(void) {
-    return w.f.is_cuda && (w.pools[0].n_captures || w.pools[1].n_captures);
+    return w.f.is_gpu && (w.pools[0].n_captures || w.pools[1].n_captures);
 }
 
 static void do_pool_trim(void) {
@@ -511,7 +511,7 @@ static void make_source(source *src, const shadow *s) {
         n /= 2;
     for (int d = 0; d < s->spec.ndim; d++)
         kinds[d] = (stride_kind)(bits & 0x80 ? next() % 4 : DENSE);
-    source_make(src, s, &w.f, n, kinds, bits & 3, next(), w.f.is_cuda && bits & 0x40);
+    source_make(src, s, &w.f, n, kinds, bits & 3, next(), w.f.is_gpu && bits & 0x40);
     if (!(bits & 0x80) && bits & 0x20)
         src->array.strides = NULL;
 }
@@ -564,7 +564,7 @@ static void do_append(void) {
     make_source(&src, s);
     size_t n = (size_t)src.shape[s->spec.axis];
     vmm_status wrong = next() % 4 ? VMM_OK : spoil(&src, s);
-    if (!wrong && w.f.is_cuda && stream == VMM_STREAM_NONE && n)
+    if (!wrong && w.f.is_gpu && stream == VMM_STREAM_NONE && n)
         wrong = VMM_ERR_INVALID;
     unsigned expected = wrong ? BIT(wrong) : OK_OR_NO_MEMORY;
     begin(s);
@@ -595,7 +595,7 @@ static void do_append_many(void) {
         arrays[i] = sources[i].array;
         any |= sources[i].shape[s->spec.axis] > 0;
     }
-    if (any && w.f.is_cuda && stream == VMM_STREAM_NONE)
+    if (any && w.f.is_gpu && stream == VMM_STREAM_NONE)
         expected = BIT(VMM_ERR_INVALID);
     size_t n_given = n;
     switch (n ? next() % 8 : 7) {
@@ -839,20 +839,21 @@ static void open_world(const char *device) {
     vmm_device_info info;
     vmm_pool *pool;
 
-    w.f = (fixture){.name = device, .is_cuda = strcmp(device, "host") != 0};
+    w.f = (fixture){.name = device, .is_gpu = strcmp(device, "host") != 0};
     CHECK_OK(vmm_device_open(device, &w.f.device));
-    if (!granularity_bytes[w.f.is_cuda]) {
+    if (!granularity_bytes[w.f.is_gpu]) {
         CHECK_OK(vmm_device_query(w.f.device, &info));
-        granularity_bytes[w.f.is_cuda] = info.granularity_bytes;
-        if (w.f.is_cuda) {
+        granularity_bytes[w.f.is_gpu] = info.granularity_bytes;
+        is_hip = info.kind == VMM_DEVICE_HIP;
+        if (w.f.is_gpu) {
             cuda();
             find_simulator();
             for (size_t i = 0; i < LENGTH_OF(streams); i++)
                 CHECK_CUDA(cuda()->stream_create(&streams[i], CUDA_STREAM_NON_BLOCKING));
         }
     }
-    w.f.granularity_bytes = granularity_bytes[w.f.is_cuda];
-    if (w.f.is_cuda && sim.live_objects)
+    w.f.granularity_bytes = granularity_bytes[w.f.is_gpu];
+    if (w.f.is_gpu && sim.live_objects)
         sim.live_objects(NULL, &w.events_before, NULL, NULL);
     CHECK_OK(vmm_pool_create(w.f.device, 0, 64 * w.f.granularity_bytes, &pool));
     w.pools[0] = (pool_slot){
@@ -870,7 +871,7 @@ static void sweep_given_up(void) {
         CHECK_OK(vmm_pool_trim(pool, 1));
     }
     CHECK_OK(vmm_pool_close(pool));
-    if (!w.f.is_cuda || !sim.live)
+    if (!w.f.is_gpu || !sim.live)
         return;
     sim.live(&handles, &mappings, &reservations, NULL);
     sim.live_objects(NULL, &events, NULL, NULL);

@@ -24,6 +24,10 @@ else:
 NAME = "hip:0" if IS_HIP else "cuda:0"
 DLPACK_TYPE = dlpack_struct.ROCM if IS_HIP else dlpack_struct.CUDA
 DEFAULT_STREAM = 0 if IS_HIP else 1  # as DLPack names it
+OUT_OF_MEMORY = "hipErrorOutOfMemory" if IS_HIP else "CUDA_ERROR_OUT_OF_MEMORY"
+# No event stands for the whole device, so the fence waits for the device. It is taken where
+# waiting is allowed alone: by trim(wait=True), and by growth that gets no memory otherwise.
+FENCE_WAITS = IS_HIP
 # What HIP calls by another name than CUDA's with "hip" before it.
 HIP_NAMES = {
     "cuCtxSynchronize": "hipDeviceSynchronize",

@@ -173,7 +173,7 @@ def rows(cuda, block):
 
 
 def make(pool, block):
-    spec = {"axis": 0, "capacity": 64 * block // (4 * ROW_WORDS), "device": "cuda:0"}
+    spec = {"axis": 0, "capacity": 64 * block // (4 * ROW_WORDS), "device": pool.device}
     return pyvmm.empty((0, ROW_WORDS), "uint32", pool=pool, block_size=block, **spec)
 
 
@@ -223,7 +223,7 @@ def test_other_memory_is_taken_at_once(cuda, make_pool, block, rows, stream, how
     assert watcher.is_running()
     assert held(pool)["queued"] == (4 if how == "closed" else 3) * block
     watcher.check()
-    pool.trim()
+    pool.trim(wait=cuda_helper.FENCE_WAITS)
     assert "queued" not in held(pool)
     assert (to_numpy(other) == NEW).all()
     if how != "closed":

@@ -42,7 +42,9 @@ SMALL_DEVICE = """
 
     framework = FrameworkPool()
     cupy = types.ModuleType("cupy")
-    cupy.cuda = types.SimpleNamespace(Device=Device)
+    cupy.cuda = types.SimpleNamespace(
+        Device=Device, runtime=types.SimpleNamespace(is_hip=cuda_helper.IS_HIP)
+    )
     cupy.get_default_memory_pool = lambda: framework
     sys.modules["cupy"] = cupy
 
@@ -117,6 +119,21 @@ def test_an_exhausted_budget_leaves_the_others_alone():
         print(framework.free_bytes() // MIB, other.stats()["queued_bytes"] // MIB)
     """)
     assert said.split() == ["True", "8", "8"]
+
+
+def test_a_framework_on_the_gpus_of_another_vendor_is_left_alone():
+    """Its GPU of that number is another one."""
+    said = small_device("""
+        cupy.cuda.runtime.is_hip = not cuda_helper.IS_HIP
+        framework.take(8 * MIB)
+        framework.drop()
+        t = rows(pyvmm.Pool("cuda:0"), 16)
+        try:
+            t.grow(48)
+        except pyvmm.OutOfMemoryError as error:
+            print([holder.name for holder in error.holders], framework.free_bytes() // MIB)
+    """)
+    assert said.splitlines() == ["['pyvmm.Pool'] 8"]
 
 
 def test_a_framework_that_fails_hides_nothing():

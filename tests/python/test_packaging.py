@@ -129,7 +129,9 @@ def test_wheel_holds_the_library_and_the_types(wheel):
     for path in (ROOT / "pyvmm").glob("_*.pyx"):
         assert f"pyvmm/{path.stem}{suffix}" in names
         assert f"pyvmm/{path.stem}.pyi" in names
-    assert not any(name.endswith((".pyx", ".c", ".h")) for name in names)
+    # What is compiled where it is used: Paddle's operator, and what it includes.
+    assert {"pyvmm/paddle_op/concat.cc", "pyvmm/include/vmm.h"} <= names
+    assert not any(name.endswith((".pyx", ".c", ".h")) for name in names - {"pyvmm/include/vmm.h"})
 
 
 def test_wheel_works_where_there_is_no_compiler(wheel, tmp_path):
@@ -138,11 +140,12 @@ def test_wheel_works_where_there_is_no_compiler(wheel, tmp_path):
     code = (
         "import numpy, pyvmm; t = pyvmm.empty((0, 4), 'float32', axis=0, capacity=10, "
         "device='host'); t.append(numpy.ones((2, 4), 'float32')); "
-        "print(pyvmm.__file__, numpy.asarray(t).sum())"
+        "print(pyvmm.__file__, numpy.asarray(t).sum(), pyvmm.get_include())"
     )
     env = clean_environment(PYTHONPATH=str(tmp_path / "site"), PATH="")
     printed = output(sys.executable, "-c", code, cwd=tmp_path, env=env)
-    assert printed.split() == [str(tmp_path / "site/pyvmm/__init__.py"), "8.0"]
+    package = tmp_path / "site/pyvmm"
+    assert printed.split() == [str(package / "__init__.py"), "8.0", str(package / "include")]
 
 
 @pytest.mark.parametrize("platform", ["win32", "darwin"])

@@ -482,7 +482,7 @@ def test_abandoned_pool_gives_its_memory_back(simulator, blocks, block):
         assert live() == before
 
 
-def test_abandoned_pool_returns_what_the_driver_refused(simulator, blocks, block):
+def test_abandoned_pool_returns_what_the_driver_refused(simulator, device, blocks, block):
     """A block that the driver would not take back when its pool was given up goes later."""
 
     def handles():
@@ -490,10 +490,10 @@ def test_abandoned_pool_returns_what_the_driver_refused(simulator, blocks, block
         simulator.vmm_sim_live(cuda_helper.ctypes.byref(out), None, None, None)
         return out.value
 
-    with pyvmm.Pool("cuda:0") as other:
+    with pyvmm.Pool(device) as other:
         other.trim(wait=True)
         before = handles()
-        pool = pyvmm.Pool("cuda:0")
+        pool = pyvmm.Pool(device)
         blocks(1, pool=pool).close()
         simulator.vmm_sim_fail(b"cuMemRelease", 1, 999, -1)
         pool.__exit__(None, None, None)

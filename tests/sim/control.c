@@ -148,12 +148,16 @@ static CUresult injected(sim_call call) {
 }
 
 /* ---- in and out ------------------------------------------------------------------------- */
+static bool has_status(sim_call call) {
+    return !(call == SIM_cuStreamGetCtx && sim_vendor_here.always_knows_streams);
+}
+
 static CUresult allowed(sim_call call) {
     int flags = calls[call].flags;
     if (!(flags & SIM_EARLY) && !sim.process)
         return sim_refuse(CUDA_ERROR_NOT_INITIALIZED, "called before %s",
                           sim_call_name(SIM_cuInit));
-    if (sim.poison && !(flags & SIM_EARLY))
+    if (sim.poison && !(flags & SIM_EARLY) && has_status(call))
         return sim.poison;
     if ((flags & SIM_CONTEXT) && !sim_current())
         return sim_refuse(CUDA_ERROR_INVALID_CONTEXT, "no context is current in this thread");
@@ -174,7 +178,7 @@ CUresult sim_enter(sim_call call) {
     }
     pthread_mutex_lock(&sim.lock);
     counts[call]++;
-    CUresult status = injected(call);
+    CUresult status = has_status(call) ? injected(call) : CUDA_SUCCESS;
     if (status == CUDA_SUCCESS)
         status = allowed(call);
     return status == CUDA_SUCCESS ? status : sim_leave(status);

@@ -119,6 +119,7 @@ const sim_vendor sim_vendor_here = {
     .driver_version = 60342134, /* ROCm 6.3 */
     .mappings_one_by_one = true,
     .has_default_device = true,
+    .always_knows_streams = true,
     .check_image = check_image,
 };
 

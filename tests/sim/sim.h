@@ -157,6 +157,8 @@ typedef struct sim_vendor {
     int driver_version;
     bool mappings_one_by_one; /* are unmapped and given access */
     bool has_default_device;  /* every thread has a current device from the start */
+    /* The call for whose a stream is has no status: all that it can say is that this is none. */
+    bool always_knows_streams;
     /* Take what a module is loaded from, and find in it where the names of kernels stand: NULL
      * where that cannot be told. */
     CUresult (*check_image)(const void *image, const void **code, size_t *bytes);

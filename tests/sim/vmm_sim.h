@@ -62,8 +62,9 @@ int vmm_sim_version(void);
  * return `code` and do nothing. `times` < 0: all that follow. "*" means every call but those
  * that code has to rely on when it leaves things as it found them: cuGetErrorName,
  * cuGetErrorString, cuCtxGetCurrent, cuCtxSetCurrent, cuCtxPushCurrent, cuCtxPopCurrent and
- * cuThreadExchangeStreamCaptureMode, which fail by name only. Rules add up; each counts its
- * own calls from now on. Returns 0, or -1 for an unknown name or when 32 rules are in force. */
+ * cuThreadExchangeStreamCaptureMode, which fail by name only. hipGetStreamDeviceId has no status
+ * and never fails. Rules add up; each counts its own calls from now on. Returns 0, or -1 for an
+ * unknown name or when 32 rules are in force. */
 int vmm_sim_fail(const char *call, long nth, int code, int times);
 /* How many calls the rules have failed since the last reset. */
 long vmm_sim_failed(void);

@@ -34,9 +34,9 @@ static void check_error(const fault *fault, const char *call, vmm_status status)
         CHECK(status == VMM_ERR_NO_DRIVER && strstr(error->message, "no CUDA driver"));
     else
         CHECK(status >= VMM_ERR_OUT_OF_MEMORY && error->driver_code == fault->code &&
-              strncmp(error->operation, "cu", 2) == 0);
+              strncmp(error->operation, is_hip ? "hip" : "cu", is_hip ? 3 : 2) == 0);
     if (fault->kind == FAULT_DRIVER && !is_lookup && fault->times == 1)
-        CHECK(strcmp(error->operation, call) == 0);
+        CHECK(is_call(error->operation, call));
 }
 
 static int attempt(const char *name, const fault *fault) {

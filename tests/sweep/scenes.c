@@ -188,7 +188,7 @@ static void long_tensor(world *w) {
  * host an unmap fails half-way, on a GPU a growth and its undoing do. */
 static void blocks_without_access(world *w) {
     one_tensor(w);
-    if (w->config->is_cuda) {
+    if (w->config->is_gpu) {
         the_simulator()->reset();
         CHECK(the_simulator()->fail("cuMemSetAccess", 1, 999, 1) == 0);
         CHECK(the_simulator()->fail("cuMemUnmap", 1, 999, -1) == 0);
@@ -427,7 +427,7 @@ static vmm_status run_pool_trim_wait(world *w) {
     return vmm_pool_trim(w->f.pool, 1);
 }
 
-static void check_pool_trim(world *w) {
+static void check_pool_trim_wait(world *w) {
     vmm_pool_stats stats;
     CHECK_OK(vmm_pool_statistics(w->f.pool, &stats));
     CHECK_SIZE(stats.free_bytes, 0);
@@ -435,16 +435,19 @@ static void check_pool_trim(world *w) {
     CHECK_SIZE(stats.parked_bytes, 0);
 }
 
-/* Before CUDA 12.5 a fence waits for the device: without waiting, only what is free goes. */
-static void check_pool_trim_at_once(world *w) {
+/* Without an event for the whole device (HIP, CUDA before 12.5) a fence waits for it: what is
+ * queued stays. */
+static void check_pool_trim(world *w) {
+    bool waits = w->config->is_gpu &&
+                 (is_hip || atoi(getenv("VMM_SIM_DRIVER_VERSION")) < 12050);
     vmm_pool_stats stats;
-    if (atoi(getenv("VMM_SIM_DRIVER_VERSION")) < 12050 && w->config->is_cuda) {
+    if (waits) {
         CHECK_OK(vmm_pool_statistics(w->f.pool, &stats));
         CHECK_SIZE(stats.free_bytes, 0);
         CHECK(stats.queued_bytes > 0);
         CHECK_OK(vmm_pool_trim(w->f.pool, 1));
     }
-    check_pool_trim(w);
+    check_pool_trim_wait(w);
 }
 
 /* The pool that is closed is another one, so that the world's can be asked afterwards. */
@@ -531,9 +534,9 @@ const scene scenes[] = {
     {"event_record", ONCE, nothing, run_event_record, nothing, 0},
     {"event_query", ONCE, recorded_event, run_event_query, check_event_query, 0},
     {"pool_trim, wait 0", ONE_BLOCKS | FENCES, closed_tensors, run_pool_trim,
-     check_pool_trim_at_once, 0},
-    {"pool_trim, wait 1", ONE_BLOCKS | FENCES | BUSY, closed_tensors, run_pool_trim_wait,
      check_pool_trim, 0},
+    {"pool_trim, wait 1", ONE_BLOCKS | FENCES | BUSY, closed_tensors, run_pool_trim_wait,
+     check_pool_trim_wait, 0},
     {"pool_close", ONE_BLOCKS | FENCES, other_pool, run_pool_close, nothing, 0},
     {"close", ONE_BLOCKS, one_tensor, run_close, nothing, 0},
 };

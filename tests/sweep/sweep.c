@@ -2,8 +2,8 @@
  *
  *   sweep DEVICE [--json] [--only WORD]
  *
- * DEVICE is host or cuda:0; the latter is the simulated driver's, of the version that
- * VMM_SIM_DRIVER_VERSION names. --json prints a line for each sweep. */
+ * DEVICE is host, cuda:0 or hip:0; the latter two are the simulated driver's, CUDA's of the
+ * version that VMM_SIM_DRIVER_VERSION names. --json prints a line for each sweep. */
 #include "sweep.h"
 
 #include <errno.h>
@@ -40,6 +40,14 @@ const char *fault_disarm(const fault *fault) {
     return the_simulator()->failed() ? fault->call : NULL;
 }
 
+bool is_call(const char *call, const char *name) {
+    if (strcmp(call, name) == 0)
+        return true;
+    if (strcmp(name, "cuLaunchKernel") == 0)
+        return strcmp(call, "hipModuleLaunchKernel") == 0;
+    return is_hip && strncmp(call, "hip", 3) == 0 && strcmp(call + 3, name + 2) == 0;
+}
+
 static vmm_status expected_status(const fault *fault, const char *call, int flags) {
     switch (fault->kind) {
     case FAULT_ALLOCATION: return VMM_ERR_OUT_OF_MEMORY;
@@ -50,7 +58,7 @@ static vmm_status expected_status(const fault *fault, const char *call, int flag
             return VMM_ERR_DRIVER;
         return VMM_ERR_OUT_OF_MEMORY;
     default:
-        if (fault->code != CUDA_OUT_OF_MEMORY || strcmp(call, "cuMemAddressReserve") == 0)
+        if (fault->code != CUDA_OUT_OF_MEMORY || is_call(call, "cuMemAddressReserve"))
             return VMM_ERR_DRIVER;
         return VMM_ERR_OUT_OF_MEMORY;
     }
@@ -74,9 +82,9 @@ void fault_check_error(const fault *fault, const char *call, vmm_status status, 
                                          "cuMemcpyHtoDAsync", "cuMemsetD8Async", "mprotect"};
     bool is_needed = fault->times == 1;
     for (size_t i = 0; i < LENGTH_OF(needed) && !(flags & (CLOSES | FENCES)); i++)
-        is_needed |= strcmp(call, needed[i]) == 0;
+        is_needed |= is_call(call, needed[i]);
     if (is_needed) {
-        if (strcmp(error->operation, call) != 0)
+        if (!is_call(error->operation, call))
             FAIL("the error is of %s, not of %s: %s", error->operation, call, error->message);
         if (status != expected_status(fault, call, flags))
             FAIL("%s is not the status for it: %s", vmm_status_name(status), error->message);
@@ -122,7 +130,7 @@ static bool is_exact(const scene *scene, const config *config, const fault *faul
     static const char *const undoing[] = {"cuMemUnmap", "cuMemRelease", "cuMemAddressFree",
                                           "munmap"};
     for (size_t i = 0; i < LENGTH_OF(undoing); i++)
-        if (strcmp(call, undoing[i]) == 0)
+        if (is_call(call, undoing[i]))
             return false;
     return fault->times == 1 && fault->code != CUDA_OUT_OF_MEMORY &&
            config->blocks != BLOCKS_STALE && !(scene->flags & (SUBMITS | FENCES));
@@ -135,13 +143,13 @@ static bool attempt(const scene *scene, const config *config, const fault *fault
     world_open(&w, config, scene);
     snapshot_take(&before, &w);
     fault_arm(fault);
-    if (config->is_cuda && scene->flags & BUSY && fault->kind == FAULT_DRIVER)
+    if (config->is_gpu && scene->flags & BUSY && fault->kind == FAULT_DRIVER)
         CHECK(the_simulator()->fail("cuEventQuery", 1, CUDA_NOT_READY, 1) == 0);
     vmm_status status = scene->run(&w);
     const char *call = current.call = fault_disarm(fault);
     bool was_refused = status != VMM_OK;
     if (call && fault->kind == FAULT_DRIVER &&
-        (fault->times != 1 || strcmp(call, "cuEventDestroy") == 0))
+        (fault->times != 1 || is_call(call, "cuEventDestroy")))
         w.lost_events = the_simulator()->calls("cuEventDestroy");
     if (was_refused) {
         CHECK(call);
@@ -179,11 +187,11 @@ static void report(const char *operation, const config *c, int flags, fault_kind
     n_sweeps++;
     if (!as_json)
         return;
-    const char *version = getenv("VMM_SIM_DRIVER_VERSION");
+    const char *version = c->is_gpu ? getenv("VMM_SIM_DRIVER_VERSION") : NULL;
     printf("{\"operation\": \"%s\", \"device\": \"%s\", \"driver\": %s, \"layout\": \"%s\", "
            "\"blocks\": \"%s\", \"block_size\": \"%s\", \"fault\": \"%s\", \"calls\": %ld, "
            "\"points\": %ld, \"refused\": %ld, \"absorbed\": %ld, \"parked\": %ld}\n",
-           operation, c->device, c->is_cuda ? version : "0",
+           operation, c->device, version ? version : "0",
            flags & ONE_LAYOUT ? "-" : layout_names[c->layout],
            flags & ONE_BLOCKS ? "-" : block_names[c->blocks],
            flags & ONE_SIZE ? "-"
@@ -230,12 +238,12 @@ static void sweep(const scene *scene, const config *config, fault_kind kind) {
 
 static void sweep_scene(const scene *scene, config config, fault_kind kind) {
     int flags = scene ? scene->flags : ONE_LAYOUT | ONE_BLOCKS | ONE_SIZE;
-    if (flags & CUDA_ONLY && !config.is_cuda)
+    if (flags & CUDA_ONLY && !config.is_gpu)
         return;
     for (int layout = 0; layout < (flags & ONE_LAYOUT ? 1 : 3); layout++)
         for (int blocks = 0; blocks < (flags & ONE_BLOCKS ? 1 : BLOCK_KINDS); blocks++)
             for (int is_fixed = 0; is_fixed < (flags & ONE_SIZE ? 1 : 2); is_fixed++) {
-                if (blocks && !config.is_cuda)
+                if (blocks && !config.is_gpu)
                     continue; /* the host's go back at once */
                 config.layout = (vmm_layout)layout;
                 config.blocks = (block_kind)blocks;
@@ -252,22 +260,24 @@ int main(int argc, char **argv) {
         if (strcmp(argv[i], "--only") == 0 && i + 1 < argc)
             only = argv[i + 1];
     }
-    config.is_cuda = strcmp(config.device, "host") != 0;
+    config.is_gpu = strcmp(config.device, "host") != 0;
     /* Before the driver is loaded. */
     setenv("VMM_SIM_GRANULARITY", "4096", 1);
     setenv("VMM_SIM_DELAY_US", "0", 1);
-    setenv("VMM_SIM_DRIVER_VERSION", "13000", 0);
-    bool is_old = atoi(getenv("VMM_SIM_DRIVER_VERSION")) < 12050;
+    is_hip = strncmp(config.device, "hip:", 4) == 0;
+    if (!is_hip)
+        setenv("VMM_SIM_DRIVER_VERSION", "13000", 0);
+    bool is_old = !is_hip && atoi(getenv("VMM_SIM_DRIVER_VERSION")) < 12050;
     atexit(say_where);
     signal(SIGSEGV, on_signal);
     signal(SIGBUS, on_signal);
     faults_begin();
-    if (config.is_cuda && !dlsym(cuda_library(), "vmm_sim_version"))
+    if (config.is_gpu && !dlsym(cuda_library(), "vmm_sim_version"))
         SKIP("a real driver cannot be made to fail: the simulated one can");
-    if (!config.is_cuda && !faults_possible())
+    if (!config.is_gpu && !faults_possible())
         SKIP("under a sanitizer only the simulated driver can be made to fail");
     for (int kind = 0; kind < FAULT_KINDS; kind++) {
-        if ((kind == FAULT_DRIVER && !config.is_cuda) || (kind == FAULT_SYSTEM && config.is_cuda) ||
+        if ((kind == FAULT_DRIVER && !config.is_gpu) || (kind == FAULT_SYSTEM && config.is_gpu) ||
             (is_old && kind != FAULT_DRIVER))
             continue;
         if (strstr("device_open", only))
@@ -277,8 +287,8 @@ int main(int argc, char **argv) {
     CHECK_OK(vmm_device_open(config.device, &device));
     for (size_t i = 0; i < n_scenes; i++)
         for (int kind = 0; kind < FAULT_KINDS; kind++) {
-            if ((kind == FAULT_DRIVER && !config.is_cuda) ||
-                (kind == FAULT_SYSTEM && config.is_cuda) ||
+            if ((kind == FAULT_DRIVER && !config.is_gpu) ||
+                (kind == FAULT_SYSTEM && config.is_gpu) ||
                 (is_old && (kind != FAULT_DRIVER || !(scenes[i].flags & FENCES))))
                 continue;
             if (strstr(scenes[i].name, only))

@@ -27,7 +27,7 @@ typedef enum block_kind {
 
 typedef struct config {
     const char *device;
-    bool is_cuda;
+    bool is_gpu;
     vmm_layout layout;
     block_kind blocks;
     bool is_fixed; /* block size: fixed, or auto */
@@ -168,6 +168,8 @@ typedef struct fault {
 void fault_arm(const fault *fault);
 /* Returns the first call that failed, or NULL. */
 const char *fault_disarm(const fault *fault);
+/* Is this the call that has that name, or HIP's that does what CUDA's of that name does? */
+bool is_call(const char *call, const char *name);
 /* The operation has failed: does the thread's last error say why? */
 void fault_check_error(const fault *fault, const char *call, vmm_status status, int flags);
 

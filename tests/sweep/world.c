@@ -56,7 +56,7 @@ rows *world_rows(world *w, const model *m, size_t n_rows, vmm_memory memory, row
     last_number += (uint32_t)n_rows;
     rows_shape(m->tensor, n_rows, r->shape);
     uint8_t *data = make_rows(m->tensor, r->first_number, n_rows);
-    r->array = (vmm_array){.memory = w->config->is_cuda ? memory : VMM_MEMORY_HOST,
+    r->array = (vmm_array){.memory = w->config->is_gpu ? memory : VMM_MEMORY_HOST,
                            .dtype = VMM_UINT8,
                            .ndim = ndim,
                            .shape = r->shape};
@@ -115,7 +115,11 @@ void world_provide(world *w, model *m, const vmm_spec *spec, size_t n_rows) {
         model_grow(&closed, 2 * n_rows, false);
         model_close(&closed);
         world_wait(w);
-        model_grow(&next, 1, false); /* looks for memory, and takes back what is queued */
+        /* This looks for memory, and takes back what is queued; where that means to wait for the
+         * device, only when the driver has none. */
+        if (is_hip)
+            CHECK(the_simulator()->fail("cuMemCreate", 1, 2, 1) == 0);
+        model_grow(&next, 1, false);
         model_close(&next);
         CHECK_OK(vmm_pool_statistics(w->f.pool, &stats));
         CHECK(stats.free_bytes > 0);
@@ -138,26 +142,26 @@ void world_open(world *w, const config *config, const scene *scene) {
     memset(w, 0, sizeof *w);
     last_number = 0;
     w->config = config;
-    w->f = (fixture){.name = config->device, .is_cuda = config->is_cuda};
+    w->f = (fixture){.name = config->device, .is_gpu = config->is_gpu};
     w->f.granularity_bytes = 4096;
     w->at_start = &at_start;
     w->at_start->live_blocks = faults_live_blocks();
     w->at_start->reserved_bytes = faults_reserved_bytes();
-    if (config->is_cuda)
+    if (config->is_gpu)
         the_simulator()->live_objects(NULL, &w->at_start->events, NULL, NULL);
     CHECK_OK(vmm_device_open(config->device, &w->f.device));
     if (scene->max_blocks)
         budget = scene->max_blocks * w->f.granularity_bytes;
     CHECK_OK(vmm_pool_create(w->f.device, config->is_fixed ? w->f.granularity_bytes : 0, budget,
                              &w->f.pool));
-    for (int i = 0; config->is_cuda && i < 2; i++) {
+    for (int i = 0; config->is_gpu && i < 2; i++) {
         if (!streams[i])
             CHECK_CUDA(cuda()->stream_create(&streams[i], CUDA_STREAM_NON_BLOCKING));
         w->streams[i] = streams[i];
     }
     scene->prepare(w);
     world_wait(w);
-    if (config->is_cuda) {
+    if (config->is_gpu) {
         the_simulator()->live(NULL, NULL, NULL, &w->other_bytes);
         w->other_bytes -= held_bytes(w->f.pool) + (w->other_pool ? held_bytes(w->other_pool) : 0);
     }
@@ -179,7 +183,7 @@ void snapshot_take(snapshot *s, const world *w) {
         s->blocks[i] = stats.block_count;
     }
     s->reserved_bytes = faults_reserved_bytes();
-    if (w->config->is_cuda)
+    if (w->config->is_gpu)
         the_simulator()->live(&s->handles, &s->mappings, &s->reservations, NULL);
 }
 
@@ -223,12 +227,12 @@ static void check_rows(const model *m) {
 
 void world_check(world *w) {
     size_t held = held_bytes(w->f.pool) + (w->other_pool ? held_bytes(w->other_pool) : 0);
-    if (w->config->is_cuda && !w->has_abandoned_pool) {
+    if (w->config->is_gpu && !w->has_abandoned_pool) {
         unsigned long long bytes;
         the_simulator()->live(NULL, NULL, NULL, &bytes);
         CHECK_SIZE(held, (size_t)(bytes - w->other_bytes));
     }
-    if (!w->config->is_cuda) {
+    if (!w->config->is_gpu) {
         vmm_pool_stats stats; /* what is parked may have lost its access */
         CHECK_OK(vmm_pool_statistics(w->f.pool, &stats));
         CHECK(faults_open_bytes() + stats.parked_bytes >= held);
@@ -261,7 +265,7 @@ void world_close(world *w) {
             model_close(&w->models[i]);
         else
             free(w->models[i].numbers);
-    if (!w->config->is_cuda) {
+    if (!w->config->is_gpu) {
         /* Addresses that the kernel has refused to take back go with the next reservation. */
         vmm_spec spec = world_spec(w);
         vmm_tensor *next;
@@ -278,7 +282,7 @@ void world_close(world *w) {
         else
             free(w->sources[i].memory);
     vmm_device_close(w->f.device);
-    if (w->config->is_cuda) {
+    if (w->config->is_gpu) {
         long handles, mappings, reservations, events;
         unsigned long long bytes;
         the_simulator()->live(&handles, &mappings, &reservations, &bytes);
