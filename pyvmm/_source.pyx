@@ -295,10 +295,8 @@ cdef int _read_by_table(object x, _Table table, const Target *target, Source *ou
 
 cdef bint _is_lazy(object x, const DLTensor *tensor) except -1:
     """Does torch change the elements of x on the way out? It conjugates complex numbers, and
-    negates the imaginary parts of such: those are never dense, but for a last size of 1."""
-    if tensor.dtype.code == 5:
-        return x.is_conj()
-    return (tensor.ndim == 0 or tensor.shape[tensor.ndim - 1] == 1) and x.is_neg()
+    negates what is a view of imaginary parts of such."""
+    return (tensor.dtype.code == 5 and x.is_conj()) or x.is_neg()
 
 
 # ---- DLPack capsules --------------------------------------------------------------

@@ -22,6 +22,10 @@
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14; the libc's header may be older */
 #endif
 
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24 /* Linux 5.18 */
+#endif
+
 #define HUGE_PAGE_BYTES ((size_t)2 << 20)
 /* From this size on, ask how much memory there is before populating: the kernel would
  * rather kill a process than fail a page fault. Below, the question costs more than it
@@ -162,6 +166,21 @@ static vmm_status host_release(void *state, driver_handle handle, size_t bytes) 
     return VMM_OK;
 }
 
+/* Let the pages go. Under mlockall() they are locked, which takes another call to ignore;
+ * returns 0 or errno. */
+static int drop_pages(void *address, size_t bytes) {
+    if (madvise(address, bytes, MADV_DONTNEED) == 0)
+        return 0;
+    if (errno != EINVAL)
+        return errno;
+    if (madvise(address, bytes, MADV_DONTNEED_LOCKED) == 0)
+        return 0;
+    /* GCOVR_EXCL_START: takes a kernel before 5.18 */
+    munlock(address, bytes);
+    return madvise(address, bytes, MADV_DONTNEED) ? errno : 0;
+    /* GCOVR_EXCL_STOP */
+}
+
 /* Take the pages now. Kernels before 5.14 have no such call; there each page is touched. */
 static int populate(char *address, size_t bytes) {
     int code;
@@ -186,7 +205,7 @@ static vmm_status host_map(void *state, uintptr_t address, size_t bytes, driver_
         return fail("mprotect", errno, bytes);
     int code = populate(start, bytes);
     if (code) {
-        madvise(start, bytes, MADV_DONTNEED);
+        drop_pages(start, bytes);
         mprotect(start, bytes, PROT_NONE);
         return fail("madvise", code, bytes);
     }
@@ -199,8 +218,8 @@ static vmm_status host_unmap(void *state, uintptr_t address, size_t bytes) {
      * changed yet. */
     if (mprotect((void *)address, bytes, PROT_NONE))
         return fail("mprotect", errno, bytes);
-    if (madvise((void *)address, bytes, MADV_DONTNEED)) {
-        int code = errno;
+    int code = drop_pages((void *)address, bytes);
+    if (code) {
         mprotect((void *)address, bytes, PROT_READ | PROT_WRITE);
         return fail("madvise", code, bytes);
     }

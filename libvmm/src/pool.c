@@ -156,10 +156,9 @@ static vmm_status create_block(pool_work *work, size_t bytes, pool_block **out) 
     vmm_pool *pool = work->pool;
     size_t over = over_budget(pool, bytes);
     if (over) {
-        if (over != SIZE_MAX)
-            release_free(work, over);
-        if (over_budget(pool, bytes))
-            return fail_over_budget(pool, bytes);
+        vmm_status status = over == SIZE_MAX ? VMM_OK : release_free(work, over);
+        if (over_budget(pool, bytes)) /* for a driver that would not take blocks back? */
+            return status ? status : fail_over_budget(pool, bytes);
     }
     pool_block *block = calloc(1, sizeof *block);
     if (!block)
@@ -285,18 +284,19 @@ static vmm_status record_fence(pool_work *work) {
     return VMM_OK;
 }
 
-/* Would a fence now meet a capture that is known of? Under the device's fence lock. */
-static bool may_fence(pool_work *work) {
+/* Would a fence now meet a capture that is known of? Under the device's fence lock. A driver
+ * that gives no answer to that has failed: that, and no capture, is what went wrong. */
+static vmm_status check_captures(pool_work *work) {
     vmm_pool *pool = work->pool;
-    uint64_t capture = 0;
-    if (pool->device->captures > 0)
-        return false;
-    if (work->stream == VMM_STREAM_NONE)
-        return true;
-    vmm_undo_begin(); /* no answer is an answer here */
-    vmm_status status = DRIVER(pool, work->tensor_calls, stream_capture, work->stream, &capture);
-    vmm_undo_end();
-    return !status && !capture;
+    uint64_t capture = pool->device->captures;
+    vmm_status status = VMM_OK;
+    if (!capture && work->stream != VMM_STREAM_NONE)
+        status = DRIVER(pool, work->tensor_calls, stream_capture, work->stream, &capture);
+    if (!status && capture)
+        status = vmm_fail(VMM_ERR_CAPTURING, "fence",
+                          "queued memory can only be had behind a fence, and a stream is being "
+                          "captured");
+    return status;
 }
 
 /* Take back what can be: without `wait` what a fence has released by now, recording one if
@@ -313,11 +313,8 @@ static vmm_status reclaim(pool_work *work, bool wait) {
     if (!first && !pool->fence && needs_fence(pool)) {
         bool may_wait = wait || !pool->device->ops->fence_waits(pool->device->state);
         pthread_mutex_lock(&pool->device->fence_lock);
-        if (!may_fence(work))
-            first = vmm_fail(VMM_ERR_CAPTURING, "fence",
-                             "queued memory can only be had behind a fence, and a stream is "
-                             "being captured");
-        else if (may_wait)
+        first = check_captures(work);
+        if (!first && may_wait)
             first = record_fence(work);
         pthread_mutex_unlock(&pool->device->fence_lock);
         if (!first && pool->fence)
@@ -535,7 +532,11 @@ vmm_status vmm_pool_trim(vmm_pool *pool, int wait) {
     pool_work work;
     pool_work_begin(&work, pool, NULL, VMM_STREAM_NONE);
     status = reclaim(&work, wait != 0);
+    if (status)
+        vmm_undo_begin(); /* the first failure is the one that is told */
     vmm_status released = release_free(&work, SIZE_MAX);
+    if (status)
+        vmm_undo_end();
     pool_work_end(&work);
     return status ? status : released;
 }

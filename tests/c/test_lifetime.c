@@ -2,6 +2,7 @@
  * rows that are being truncated. */
 #include <malloc.h>
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include "check.h"
 
@@ -59,11 +60,39 @@ static void test_pins_against_truncation(const char *name) {
     vmm_device_close(device);
 }
 
+/* The host's memory goes back from a process that has all its memory locked, too. */
+static void test_locked_memory(const char *name) {
+    fixture f = fixture_open(2, (char *[]){"", (char *)name}, 0, 0);
+    int64_t shape[] = {0, 4096};
+    vmm_spec spec = {.ndim = 2, .shape = shape, .dtype = VMM_UINT8, .capacity = 100};
+    vmm_pool_stats stats;
+    vmm_tensor *tensor;
+
+    if (mlockall(MCL_CURRENT | MCL_FUTURE)) {
+        printf("this process may not lock its memory\n");
+    } else {
+        CHECK_OK(vmm_reserve(f.pool, &spec, &tensor));
+        CHECK_OK(vmm_grow(tensor, 50, NULL));
+        CHECK_OK(vmm_truncate(tensor, 1, VMM_STREAM_NONE));
+        CHECK_OK(vmm_trim(tensor));
+        CHECK_SIZE(vmm_mapped(tensor), 1);
+        CHECK_OK(vmm_pool_statistics(f.pool, &stats));
+        CHECK_SIZE(stats.parked_bytes, 0);
+        CHECK_OK(vmm_grow(tensor, 50, NULL));
+        CHECK_OK(vmm_close(tensor));
+        CHECK_SIZE(held_bytes(f.pool), 0);
+        munlockall();
+    }
+    fixture_close(&f);
+}
+
 int main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "host";
 
     mallopt(M_PERTURB, 0xA5); /* what has been freed is no longer what it was */
     test_event_outlives_the_opening(name);
     test_pins_against_truncation(name);
+    if (strcmp(name, "host") == 0)
+        test_locked_memory(name);
     return 0;
 }

@@ -174,6 +174,29 @@ static void test_not_ready(const fixture *f) {
     model_close(&m);
 }
 
+/* Where two things fail, the first is returned, and is what the last error says. */
+static void test_first_failure_is_told(const fixture *f) {
+    size_t rows;
+    model m = open_model(f, &rows), closed = open_model(f, &rows);
+
+    model_grow(&closed, 4 * rows, false);
+    model_close(&closed);
+    synchronize(f);
+    model_grow(&m, rows, false); /* takes back four blocks, and leaves three free */
+    CHECK_OK(vmm_map(m.tensor, 2 * rows));
+    CHECK_OK(vmm_trim(m.tensor));
+    CHECK_OK(vmm_pool_capture_begin(f->pool));
+    let_fail("cuMemRelease", UNKNOWN, -1);
+    CHECK_STATUS(vmm_pool_trim(f->pool, 1), VMM_ERR_CAPTURING);
+    CHECK(sim.failed() > 0);
+    CHECK_STATUS(vmm_last_error()->status, VMM_ERR_CAPTURING);
+    sim.fail_none();
+    CHECK_OK(vmm_pool_capture_end(f->pool));
+    CHECK_OK(vmm_pool_trim(f->pool, 1));
+    CHECK_SIZE(parked_bytes(f), 0);
+    model_close(&m);
+}
+
 int main(int argc, char **argv) {
     fixture f = fixture_open(argc, argv, 0, 0);
 
@@ -185,6 +208,7 @@ int main(int argc, char **argv) {
     test_launch_fails(&f);
     test_second_launch_fails(&f);
     test_not_ready(&f);
+    test_first_failure_is_told(&f);
     fixture_close(&f);
     return 0;
 }

@@ -13,6 +13,7 @@
 #define MAX_POOLS 2
 #define MAX_PINS 8
 #define MAX_EVENTS 4
+#define MAX_ALLOCATIONS 4
 #define BIT(status) (1u << (status))
 /* What a call may return when a driver call was made to fail. */
 #define INJECTED                                                                                   \
@@ -46,6 +47,13 @@ static struct {
         size_t n_rows;
     } pins[MAX_PINS];
     size_t n_pins;
+    struct {
+        uint8_t *pointer;
+        size_t bytes, mapped_bytes;
+        int pool;
+        uint8_t contents;
+    } allocations[MAX_ALLOCATIONS];
+    size_t n_allocations;
     vmm_event *events[MAX_EVENTS];
     size_t n_events;
     struct {
@@ -180,6 +188,9 @@ static void check_pool(const pool_slot *slot) {
         CHECK_OK(vmm_stats(w.tensors[i]->tensor, &of));
         in_use += of.mapped_bytes;
     }
+    for (size_t i = 0; i < w.n_allocations; i++)
+        if (&w.pools[w.allocations[i].pool] == slot)
+            in_use += w.allocations[i].mapped_bytes;
     if (!slot->has_hidden)
         CHECK_SIZE(stats.in_use_bytes, in_use);
     if (!w.f.is_gpu)
@@ -257,6 +268,13 @@ static void do_pool_trim(void) {
         TRY(expected, vmm_pool_trim(w.pools[i].pool, next() & 1));
 }
 
+static bool has_allocations(int pool) {
+    for (size_t i = 0; i < w.n_allocations; i++)
+        if (w.allocations[i].pool == pool)
+            return true;
+    return false;
+}
+
 static bool has_tensors(int pool) {
     for (size_t i = 0; i < w.n_tensors; i++)
         if (w.tensors[i]->pool == pool)
@@ -274,7 +292,7 @@ static void do_pool_close(void) {
         return;
     unsigned expected = BIT(VMM_OK) | (is_capturing() ? BIT(VMM_ERR_CAPTURING) : 0);
     vmm_status status =
-        TRY(has_tensors(i) ? BIT(VMM_ERR_BUSY) : expected, vmm_pool_close(w.pools[i].pool));
+        TRY(has_tensors(i) || has_allocations(i) ? BIT(VMM_ERR_BUSY) : expected, vmm_pool_close(w.pools[i].pool));
     if (!status)
         w.pools[i] = (pool_slot){0};
 }
@@ -284,7 +302,7 @@ static void do_pool_close(void) {
 static void do_pool_release(void) {
     int i = any_pool();
 
-    if (i < 0)
+    if (i < 0 || has_allocations(i))
         return;
     for (size_t t = 0; t < w.n_tensors; t++)
         if (w.tensors[t]->pool == i)
@@ -364,6 +382,59 @@ static void do_hook(void) {
         TRY(BIT(VMM_OK), vmm_pool_on_oom(w.pools[i].pool, on_oom, &w.pools[i]));
         w.pools[i].n_hooks++;
     }
+}
+
+/* ---- allocations ------------------------------------------------------------------------------ */
+
+static void free_allocation(size_t i) {
+    uint8_t *pointer = w.allocations[i].pointer, contents = w.allocations[i].contents;
+    size_t bytes = w.allocations[i].bytes;
+    vmm_pool *pool = w.pools[w.allocations[i].pool].pool;
+    uint8_t *seen = malloc(bytes);
+
+    CHECK(seen);
+    read_device(&w.f, seen, (uintptr_t)pointer, bytes);
+    for (size_t at = 0; at < bytes; at++)
+        CHECK(seen[at] == contents);
+    free(seen);
+    TRY(BIT(VMM_OK), vmm_pool_free(pool, pointer));
+    TRY(BIT(VMM_ERR_INVALID), vmm_pool_free(pool, pointer));
+    w.allocations[i] = w.allocations[--w.n_allocations];
+}
+
+static void do_alloc(void) {
+    size_t granularity = w.f.granularity_bytes;
+    const size_t sizes[] = {0, 1, granularity, 2 * granularity + 1, 40 * granularity, SIZE_MAX};
+    size_t bytes = PICK(sizes);
+    vmm_stream stream = any_stream();
+    int i = any_pool();
+    void *pointer;
+
+    if (i < 0 || w.n_allocations == MAX_ALLOCATIONS)
+        return;
+    unsigned expected = bytes == 0          ? BIT(VMM_ERR_INVALID)
+                        : bytes == SIZE_MAX ? BIT(VMM_ERR_OVERFLOW)
+                                            : OK_OR_NO_MEMORY;
+    vmm_status status = TRY(expected, vmm_pool_alloc(w.pools[i].pool, bytes, stream, &pointer));
+    CHECK(!status == (pointer != NULL));
+    if (status)
+        return;
+    size_t block = w.pools[i].block_bytes == VMM_BLOCK_AUTO ? granularity : w.pools[i].block_bytes;
+    uint8_t contents = next(), *data = malloc(bytes);
+    CHECK(data);
+    memset(data, contents, bytes);
+    write_device(&w.f, pointer, data, bytes);
+    free(data);
+    w.allocations[w.n_allocations].pointer = pointer;
+    w.allocations[w.n_allocations].bytes = bytes;
+    w.allocations[w.n_allocations].mapped_bytes = (bytes + block - 1) / block * block;
+    w.allocations[w.n_allocations].contents = contents;
+    w.allocations[w.n_allocations++].pool = i;
+}
+
+static void do_free(void) {
+    if (w.n_allocations)
+        free_allocation(next() % w.n_allocations);
 }
 
 /* ---- tensors -------------------------------------------------------------------------------- */
@@ -696,6 +767,23 @@ static void do_release(void) {
     remove_tensor(s);
 }
 
+/* What lives is found, and for as long is not closed: also what only its pins keep. */
+static void do_find(void) {
+    shadow *s = next() & 1 && w.n_pins ? w.pins[next() % w.n_pins].of : any_tensor();
+    vmm_tensor *found;
+
+    if (!s)
+        return;
+    TRY(BIT(VMM_OK), vmm_find((char *)s->base + 1, &found));
+    CHECK(!found);
+    TRY(BIT(VMM_OK), vmm_find(s->base, &found));
+    CHECK(found && (!s->tensor || found == s->tensor));
+    CHECK_SIZE(vmm_spec_of(found)->capacity, s->spec.capacity);
+    CHECK(!s->tensor || vmm_pool_of(found) == w.pools[s->pool].pool);
+    CHECK_STATUS(vmm_close(found), VMM_ERR_PINNED);
+    vmm_release(found);
+}
+
 /* ---- pins, streams, events -------------------------------------------------------------------- */
 
 static void do_pin(void) {
@@ -831,7 +919,7 @@ static void (*const operations[])(void) = {
     do_trim,    do_map,     do_fork,      do_append_many, do_pin,        do_unpin,
     do_close,   do_release, do_pool_trim, do_pool_create, do_pool_close, do_pool_release,
     do_capture, do_hook,    do_handoff,   do_stream_wait, do_event,      do_device,
-    do_nothing, do_reserve, do_append,    do_failure,     do_grow,       do_append,
+    do_nothing, do_alloc,   do_append,    do_failure,     do_free,       do_find,
 };
 
 static void open_world(const char *device) {
@@ -889,6 +977,8 @@ static void close_world(void) {
         do_unpin();
     while (w.n_tensors)
         close_tensor(w.tensors[0]);
+    while (w.n_allocations)
+        free_allocation(0);
     while (w.n_events)
         vmm_event_close(w.events[--w.n_events]);
     for (int i = 0; i < MAX_POOLS; i++)

@@ -439,6 +439,16 @@ def test_conjugate_is_refused_or_right(device):
         assert torch.equal(torch.from_dlpack(t), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.int64])
+def test_negated_is_refused(device, dtype):
+    t = make(device, dtype=dtype)
+    x = torch._neg_view(torch.ones(2, 5, 3, 4, dtype=dtype, device=on(device)))
+    with pytest.raises(BufferError, match="resolve_neg"):
+        t.append(x)
+    t.append(x.resolve_neg())
+    assert torch.equal(torch.from_dlpack(t), x)
+
+
 def test_gpu_source_for_a_host_tensor(cuda):
     t = make("host")
     with pytest.raises((BufferError, TypeError, ValueError)):

@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <link.h>
+#include <search.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -20,6 +21,7 @@ static struct {
     void *(*calloc)(size_t, size_t);
     void *(*realloc)(void *, size_t);
     void (*free)(void *);
+    void *(*tsearch)(const void *, void **, int (*)(const void *, const void *));
     void *(*mmap)(void *, size_t, int, int, int, off_t);
     int (*munmap)(void *, size_t);
     int (*mprotect)(void *, size_t, int);
@@ -37,7 +39,7 @@ static bool resolved(void) {
     if (is_resolving)
         return false;
     is_resolving = true;
-    RESOLVE(malloc), RESOLVE(calloc), RESOLVE(realloc), RESOLVE(free);
+    RESOLVE(malloc), RESOLVE(calloc), RESOLVE(realloc), RESOLVE(free), RESOLVE(tsearch);
     RESOLVE(mmap), RESOLVE(munmap), RESOLVE(mprotect), RESOLVE(madvise);
     is_resolving = false;
     return true;
@@ -263,6 +265,15 @@ void IN_FRONT(free)(void *block) {
     take(&blocks, (uintptr_t)block);
     leave();
     libc.free(block);
+}
+
+/* It allocates by itself. A node begins where its block does. */
+void *IN_FRONT(tsearch)(const void *key, void **root,
+                        int (*compare)(const void *, const void *)) {
+    resolved();
+    if (!FROM_LIBVMM())
+        return libc.tsearch(key, root, compare);
+    return fails(FAULT_ALLOCATION, "tsearch") ? NULL : noted(libc.tsearch(key, root, compare));
 }
 
 void *IN_FRONT(mmap)(void *address, size_t bytes, int protection, int flags, int file,

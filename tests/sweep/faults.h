@@ -1,7 +1,7 @@
 /* faults.h - calls that libvmm makes to the C library, counted and made to fail.
  *
- * The sweep program defines malloc, calloc, realloc, free and mmap, munmap, mprotect, madvise
- * itself, so that libvmm.so finds them before the C library's. A call whose return address lies
+ * The sweep program defines malloc, calloc, realloc, free, tsearch and mmap, munmap, mprotect,
+ * madvise itself, so that libvmm.so finds them before the C library's. A call whose return address lies
  * within libvmm.so is counted, and may fail; those of everyone else (the simulated driver, the
  * program, the C library) go straight through. Nothing of this is known to libvmm.
  */
@@ -14,7 +14,7 @@
 typedef enum fault_kind {
     FAULT_DRIVER,     /* the simulated driver's, not ours: vmm_sim_fail() */
     FAULT_SYSTEM,     /* mmap, munmap, mprotect, madvise */
-    FAULT_ALLOCATION, /* malloc, calloc, realloc */
+    FAULT_ALLOCATION, /* malloc, calloc, realloc, tsearch */
     FAULT_KINDS
 } fault_kind;
 

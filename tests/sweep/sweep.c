@@ -94,24 +94,27 @@ void fault_check_error(const fault *fault, const char *call, vmm_status status, 
 /* ---- one attempt ---------------------------------------------------------------------------- */
 
 /* For the message of a check that fails. */
-static const scene *current_scene;
-static const config *current_config;
-static const fault *current_fault;
-static const char *current_call;
+static struct {
+    bool is_running;
+    const scene *scene;
+    config config;
+    fault fault;
+    const char *call;
+} current;
 
 static void say_where(void) {
-    const config *c = current_config;
-    const fault *f = current_fault;
-    if (!c || !f)
+    const config *c = &current.config;
+    const fault *f = &current.fault;
+    if (!current.is_running)
         return;
     printf("  in: %s (%s, %s, %s blocks, %s); %s call %ld (%s) with code %d, %d time(s)\n",
-           current_scene ? current_scene->name : "device_open", c->device, layout_names[c->layout],
+           current.scene ? current.scene->name : "device_open", c->device, layout_names[c->layout],
            block_names[c->blocks], c->is_fixed ? "fixed" : "auto", kind_names[f->kind], f->nth,
-           current_call ? current_call : "not yet", f->code, f->times);
+           current.call ? current.call : "not yet", f->code, f->times);
 }
 
 void say_no_more(void) {
-    current_config = NULL;
+    current.is_running = false;
 }
 
 static void on_signal(int number) {
@@ -137,14 +140,13 @@ static bool is_exact(const scene *scene, const config *config, const fault *faul
 static bool attempt(const scene *scene, const config *config, const fault *fault, tally *tally) {
     world w;
     snapshot before, after;
-    current_call = NULL;
     world_open(&w, config, scene);
     snapshot_take(&before, &w);
     fault_arm(fault);
     if (config->is_gpu && scene->flags & BUSY && fault->kind == FAULT_DRIVER)
         CHECK(the_simulator()->fail("cuEventQuery", 1, CUDA_NOT_READY, 1) == 0);
     vmm_status status = scene->run(&w);
-    const char *call = current_call = fault_disarm(fault);
+    const char *call = current.call = fault_disarm(fault);
     bool was_refused = status != VMM_OK;
     if (call && fault->kind == FAULT_DRIVER &&
         (fault->times != 1 || is_call(call, "cuEventDestroy")))
@@ -152,7 +154,7 @@ static bool attempt(const scene *scene, const config *config, const fault *fault
     if (was_refused) {
         CHECK(call);
         fault_check_error(fault, call, status, scene->flags);
-        CHECK(!w.made);
+        CHECK(!w.made && !w.memory);
         snapshot_take(&after, &w);
         snapshot_compare(&before, &after, scene, is_exact(scene, config, fault, call));
         world_check(&w);
@@ -199,7 +201,8 @@ static void report(const char *operation, const config *c, int flags, fault_kind
 }
 
 static bool try_fault(const scene *scene, const config *config, const fault *fault, tally *tally) {
-    current_fault = fault;
+    current.is_running = true, current.call = NULL;
+    current.scene = scene, current.config = *config, current.fault = *fault;
     return scene ? attempt(scene, config, fault, tally) : sweep_open(config->device, fault, tally);
 }
 
@@ -214,8 +217,6 @@ static void sweep(const scene *scene, const config *config, fault_kind kind) {
         bool one_code;
     } runs[] = {{1, false}, {2, true}, {3, true}, {-1, false}};
     tally tally = {0};
-    current_scene = scene;
-    current_config = config;
     for (size_t r = 0; r < LENGTH_OF(runs); r++)
         for (int c = runs[r].one_code; c < 2; c++) {
             int code = codes[kind][c] ? codes[kind][c] : codes[kind][0];

@@ -60,6 +60,7 @@ typedef struct world {
     vmm_event *event;
     vmm_pin *pin;
     vmm_tensor *made; /* by the operation */
+    void *memory;     /* the same: an allocation of the pool */
     vmm_device_info info;
     int done;
 

@@ -259,6 +259,7 @@ void world_close(world *w) {
     vmm_event_close(w->event);
     if (w->made)
         CHECK_OK(vmm_close(w->made));
+    CHECK_OK(vmm_pool_free(w->f.pool, w->memory));
     for (size_t i = 0; i < w->n_models; i++)
         if (w->models[i].tensor)
             model_close(&w->models[i]);
