@@ -28,7 +28,7 @@ from pyvmm._libvmm cimport (
 )
 from pyvmm._pool cimport Pool
 from pyvmm._source cimport Source, begin_source, check_shape, close_source, describe, read_source
-from pyvmm._stream cimport drop_what_was_read, keep_until_read, stream_of
+from pyvmm._stream cimport drop_what_was_read, keep_last_stream, keep_until_read, stream_of
 from pyvmm._view cimport View
 
 # Copies up to this size are made without letting other threads run: they take less time
@@ -144,7 +144,7 @@ cdef int _append_all(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tens
         if _copy(n, appends, arrays, handles, chosen, n_rows):
             return 1
         if not first.on_host:
-            _after_copy(n, appends, chosen)
+            _after_copy(n, appends, chosen, stream is None)
         check_after_callbacks(VMM_OK)
     finally:
         for i in range(n_read):
@@ -275,7 +275,8 @@ cdef Py_ssize_t _bytes_if_short(TensorCore tensor, const Source *source) noexcep
     return SHORT_COPY_BYTES + 1
 
 
-cdef int _after_copy(Py_ssize_t n, _Append *appends, vmm_stream stream) except -1:
+cdef int _after_copy(Py_ssize_t n, _Append *appends, vmm_stream stream,
+                     bint is_producers) except -1:
     cdef Source *source
     cdef Py_ssize_t i
     kept = None
@@ -283,6 +284,8 @@ cdef int _after_copy(Py_ssize_t n, _Append *appends, vmm_stream stream) except -
         source = &appends[i].source
         if source.shape[(<TensorCore>appends[i].tensor).target.axis] == 0:
             continue
+        if is_producers:
+            keep_last_stream((<TensorCore>appends[i].tensor).handle, stream)
         # The producer takes memory that is dropped for work after ours on its own stream.
         # On another it must not be dropped before the copy has been made.
         if source.outlives or (_is_foreign(source, stream) and appends[i].pin == NULL):

@@ -82,6 +82,7 @@ cdef extern from "vmm.h" nogil:
 
     ctypedef void *vmm_stream
     const vmm_stream VMM_STREAM_LEGACY
+    const vmm_stream VMM_STREAM_PER_THREAD
     const vmm_stream VMM_STREAM_NONE
 
     vmm_status vmm_pool_alloc(vmm_pool *pool, size_t bytes, vmm_stream stream, void **out)

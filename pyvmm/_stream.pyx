@@ -1,6 +1,7 @@
 # cython: language_level=3, embedsignature=True
-"""Streams that users name, and objects kept alive until a stream has read them."""
+"""Streams that users name, streams and objects kept alive until they are not needed."""
 
+import sys
 from operator import index
 
 cimport cython
@@ -8,16 +9,22 @@ from cpython.bool cimport PyBool_Check
 from cpython.long cimport PyLong_AsVoidPtr, PyLong_Check, PyLong_FromVoidPtr
 
 from pyvmm._dlpack cimport DL_ROCM, DLDevice
+from pyvmm._error cimport check
 from pyvmm._libvmm cimport (
     VMM_OK,
     VMM_STREAM_LEGACY,
+    VMM_STREAM_PER_THREAD,
+    vmm_base,
     vmm_device,
     vmm_event,
     vmm_event_close,
     vmm_event_query,
     vmm_event_record,
+    vmm_find,
+    vmm_release,
     vmm_status,
     vmm_stream,
+    vmm_tensor,
 )
 from pyvmm._pool cimport Pool, before_answers
 
@@ -54,6 +61,57 @@ cdef object number_of(vmm_stream stream, DLDevice device):
         return 0
     return PyLong_FromVoidPtr(stream)
 
+
+# ---- the stream of a tensor's last write ---------------------------------------------
+#
+# The next write on another stream waits for it, and the driver follows its handle. Frameworks
+# that have a few streams for good need nothing here; CuPy destroys a stream with the last
+# object of it, so of each tensor that was written on one, by its address, that is kept.
+
+cdef dict _modules = sys.modules
+cdef dict _last_streams = {}
+cdef Py_ssize_t _look_from = 64  # as many, before it is looked whose tensors are gone
+
+
+cdef int keep_last_stream(vmm_tensor *handle, vmm_stream stream) except -1:
+    """`handle` has been written on `stream`, which its framework named and not the caller."""
+    cdef size_t base = <size_t>vmm_base(handle)
+    if stream == VMM_STREAM_LEGACY or stream == VMM_STREAM_PER_THREAD:
+        return 0
+    cupy = _modules.get("cupy")
+    if cupy is None:
+        return 0
+    number = PyLong_FromVoidPtr(stream)
+    kept = _last_streams.get(base)
+    if kept is not None and kept.ptr == number:
+        return 0
+    try:
+        current = cupy.cuda.get_current_stream()
+    except Exception:
+        return 0  # half imported; the write has been made, and is not to fail now
+    if current.ptr != number:
+        return 0
+    _last_streams[base] = current
+    if len(_last_streams) >= _look_from:
+        _forget_last_streams()
+    return 0
+
+
+cdef int _forget_last_streams() except -1:
+    global _look_from
+    cdef vmm_tensor *handle
+    for base in list(_last_streams):
+        check(vmm_find(PyLong_AsVoidPtr(base), &handle))
+        if handle == NULL:
+            _last_streams.pop(base, None)
+        else:
+            with nogil:
+                vmm_release(handle)
+    _look_from = max(64, 2 * len(_last_streams))
+    return 0
+
+
+# ---- what appends read ----------------------------------------------------------------
 
 @cython.final
 cdef class _Kept:

@@ -114,8 +114,7 @@ def allocator(pool: Pool | str = _FIRST_GPU) -> Any:
             return memory.alloc(n_bytes)
         except OutOfMemoryError:
             # What CuPy's pool answers by giving back what it keeps.
-            code = cupy.cuda.runtime.errorMemoryAllocation
-            raise cupy.cuda.runtime.CUDARuntimeError(code) from None
+            raise cupy.cuda.runtime.CUDARuntimeError(_ERROR_MEMORY_ALLOCATION) from None
 
     def free(pointer: int, index: int) -> None:
         if pointer:

@@ -39,10 +39,33 @@ def test_compiled_code_reads_strided_lanes(host):
         assert total(np.asarray(t)) == x.sum()
 
 
-def test_kernel_on_a_gpu(cuda):
-    cuda_module = pytest.importorskip("numba.cuda")
-    if not cuda_module.is_available():
+@pytest.fixture
+def cuda_module(cuda):
+    module = pytest.importorskip("numba.cuda")
+    if not module.is_available():
         pytest.skip("Numba sees no CUDA device")
+    return module
+
+
+def test_array_on_a_gpu(cuda, cuda_module):
+    x = np.arange(12, dtype="float32").reshape(3, 4)
+    with pyvmm.empty((0, 4), "float32", axis=0, capacity=100, device=cuda) as t:
+        t.append(x)
+        shared = cuda_module.as_cuda_array(t)
+        t.append(x)  # the array is of the rows of its making
+        assert shared.shape == (3, 4) and shared.device_ctypes_pointer.value == t.ptr
+        assert (shared.copy_to_host() == x).all()
+
+
+def test_kernel_on_a_gpu(cuda, cuda_module):
+    @cuda_module.jit
+    def nothing():
+        pass
+
+    try:
+        nothing[1, 1]()
+    except AttributeError as error:
+        pytest.skip(f"this Numba does not launch kernels with this NumPy: {error}")
 
     @cuda_module.jit
     def write(rows, first):

@@ -12,6 +12,7 @@ import weakref
 import numpy as np
 import pytest
 
+import conftest
 import cuda_helper
 import pyvmm
 from cuda_helper import CapsuleArray, DeviceArray, Gate, InterfaceArray, Stream
@@ -447,4 +448,52 @@ def test_stream_and_source_of_another_device(simulator):
         t.append(x)
         """,
         VMM_SIM_DEVICES="2",
+    )
+
+
+def test_stream_that_its_framework_destroys(cuda):
+    """CuPy destroys a stream with the last object of it, and the driver would follow the handle
+    when the next write, on another stream, waits for the one before."""
+    if not conftest.SIMULATED:
+        pytest.skip("on a GPU test_handoff_concat_cupy.py does this with CuPy itself")
+    run_python(
+        """
+        import os, sys, types
+        import numpy, cuda_helper, pyvmm
+        DEVICE = os.environ["TEST_DEVICE"]
+
+        class Stream(cuda_helper.Stream):
+            made = 0
+            def __init__(self):
+                super().__init__()
+                self.ptr = int(self)
+                Stream.made += 1
+                cupy.current = self
+            def __del__(self):
+                self.close()
+                Stream.made -= 1
+
+        cupy = types.ModuleType("cupy")
+        cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: cupy.current)
+        sys.modules["cupy"] = cupy
+        x = numpy.ones((3, 4), "float32")
+        arrays = []
+        with pyvmm.empty((0, 4), "float32", axis=0, capacity=1000, device=DEVICE) as t:
+            for step in range(5):
+                stream = Stream()
+                arrays.append(cuda_helper.InterfaceArray(x * step, stream))
+                t.append(arrays[-1])
+                del stream
+                assert Stream.made <= 2  # the last one's, and the current one
+            cuda_helper.synchronize()
+            got = cuda_helper.read(t.ptr, t.shape, t.strides, t.dtype)
+            assert (got == numpy.repeat(numpy.arange(5), 3)[:, None]).all()
+        # The streams of tensors that are gone go, too.
+        for _ in range(200):
+            with pyvmm.empty((0, 4), "float32", axis=0, capacity=1000, device=DEVICE) as t:
+                Stream()
+                t.append(cuda_helper.InterfaceArray(x, cupy.current))
+        assert Stream.made < 100, Stream.made
+    """,
+        TEST_DEVICE=cuda,
     )
