@@ -311,14 +311,15 @@ cdef class Pool:
         """Return all memory to the driver. Waits for the device where memory is queued.
 
         Raises VMMError: while tensors of it live, during a capture, when another thread is
-        inside a call on it, when the driver fails; the pool is then as before. Closing
-        twice is fine."""
+        inside a call on it, when torch's allocator is bound to it (pyvmm.torch.allocator), when
+        the driver fails; the pool is then as before. Closing twice is fine."""
         if self.handle == NULL:
             return
         if _let_go is not None:
             _let_go()
         if self.users:
-            raise_status(VMM_ERR_BUSY, "close", "another thread is using this pool")
+            raise_status(VMM_ERR_BUSY, "close", "another thread is using this pool, or it is bound "
+                         "to torch's allocator, which keeps it for the life of the process")
         # Taken away first: no other thread may use it while it is being closed.
         cdef vmm_pool *handle = self.handle
         cdef vmm_status status

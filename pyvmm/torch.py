@@ -241,7 +241,8 @@ def allocator(pool: Pool | str = "cuda:0") -> torch.cuda.memory.CUDAPluggableAll
     torch.cuda.OutOfMemoryError; out-of-memory callbacks of the pool are not run, since torch
     holds its lock.
 
-    The pool is bound to its device for the life of the process, one for each device. Within
+    The pool is bound to its device for the life of the process, one for each device, and cannot
+    be closed any more. Within
     torch.cuda.memory.change_current_allocator() it works too, but torch does not check there
     whether there was memory.
 
