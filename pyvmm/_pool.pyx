@@ -224,9 +224,10 @@ cdef class Pool:
         cdef vmm_pool *handle
         if _let_go is not None:
             _let_go()
+        # Only the lock of the books is taken, and shortages of other pools ask: no other thread
+        # runs meanwhile, and so none finds the pool in use when it closes it.
         handle = self.enter("stats")
-        with nogil:
-            status = vmm_pool_statistics(handle, &stats)
+        status = vmm_pool_statistics(handle, &stats)
         self.leave()
         check(status)
         return {

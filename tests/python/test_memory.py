@@ -1,6 +1,8 @@
 """One memory: whom a pool asks before it gives up, and what it then says."""
 
+import sys
 import textwrap
+import threading
 
 import pytest
 
@@ -152,3 +154,38 @@ def test_a_shortage_on_the_host_has_the_table_too(host):
         assert ("host", "pyvmm.Pool", 65536, 0) in caught.value.holders
         assert "host: " in str(caught.value) and "64 KiB" in str(caught.value)
         assert held(pool) == {"in_use": 65536}
+
+
+def test_shortages_while_other_threads_make_and_close_pools(host):
+    stop = threading.Event()
+    errors = []
+
+    def make():
+        try:
+            while not stop.is_set():
+                for pool in [pyvmm.Pool("host") for _ in range(5)]:
+                    pool.close()
+        except Exception as error:
+            errors.append(error)
+
+    kept = [pyvmm.Pool("host") for _ in range(2000)]
+    for pool in kept:
+        pool.close()
+    thread = threading.Thread(target=make)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        with (
+            pyvmm.Pool("host", max_bytes="64KiB") as pool,
+            pyvmm.empty((0, 4096), "uint8", axis=0, capacity=100, pool=pool) as t,
+        ):
+            t.grow(16)
+            for _ in range(300):
+                with pytest.raises(pyvmm.OutOfMemoryError):
+                    t.grow(1)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not errors
