@@ -65,7 +65,7 @@ class Switch:
     ) -> None:
         self._framework = framework
         self._replacements = replacements
-        self._originals: list[tuple[Any, str, Any]] = []
+        self._put_there: list[tuple[Any, str, Any, Any]] = []  # owner, name, before, now
         self._lock = threading.Lock()
         self._n_blocks = 0
         self._thread = _Thread()
@@ -139,18 +139,21 @@ class Switch:
         results[key] = known, _dimension(result, axis)
 
     def _replace(self) -> None:
-        self._originals = [
-            (owner, name, getattr(owner, name)) for owner, name, _ in self._replacements
-        ]
-        for (owner, name, original), (_, _, make) in zip(
-            self._originals, self._replacements, strict=True
-        ):
-            setattr(owner, name, make(original))
+        for owner, name, make in self._replacements:
+            replacement = make(getattr(owner, name))
+            self._put_there.append((owner, name, vars(owner).get(name), replacement))
+        for owner, name, _, replacement in self._put_there:
+            setattr(owner, name, replacement)
 
     def _put_back(self) -> None:
-        for owner, name, original in self._originals:
-            setattr(owner, name, original)
-        self._originals = []
+        for owner, name, before, replacement in self._put_there:
+            if vars(owner).get(name) is not replacement:
+                continue  # another has put its own there since, which may call ours
+            if before is None:
+                delattr(owner, name)  # a class had it from its base
+            else:
+                setattr(owner, name, before)
+        self._put_there = []
 
 
 def _dimension(array: Any, axis: Any) -> Any:

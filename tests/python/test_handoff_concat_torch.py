@@ -472,6 +472,33 @@ def test_an_exception_puts_everything_back():
                 torch.cat(*wrong[0], **wrong[1])
 
 
+def test_what_others_put_there_meanwhile_stays(monkeypatch):
+    assert "view" not in vars(torch.Tensor)
+    calls = []
+    with pyvmm.torch.inplace_cat() as turned:
+        inner = torch.cat
+
+        def counting(*args, **kwargs):
+            calls.append(1)
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(torch, "cat", counting)
+        a = torch.ones(2)
+        torch.cat((torch.cat((a, a)), a))
+        assert len(calls) == 2 and turned.turned == 1
+    assert torch.cat is counting and "view" not in vars(torch.Tensor)
+    same(torch.cat((a, a)), CAT((a, a)))
+    with pyvmm.torch.inplace_cat() as turned:
+        torch.cat((torch.cat((a, a)), a))
+        assert turned.turned == 1
+    assert torch.cat is counting and len(calls) == 4
+    monkeypatch.undo()
+    # Whoever puts back what was there inside the block puts back what does nothing.
+    assert torch.cat is inner
+    same(torch.cat((a, a)), CAT((a, a)))
+    torch.cat = CAT
+
+
 def test_every_name_and_spelling_of_it():
     a = torch.ones(2, 3)
     with pyvmm.torch.inplace_cat() as turned:
