@@ -299,6 +299,15 @@ def test_copies_of_results_are_of_their_elements(place):
     torch.save({"cache": result}, file)
     file.seek(0)
     same(torch.load(file)["cache"], result)
+    # All else of a tensor comes along, and a result of a computation is refused, as by torch.
+    result.requires_grad_().note = ["kept"]
+    (result * 2).sum().backward()
+    for copied in copy.deepcopy(result), pickle.loads(pickle.dumps(result)):
+        same(copied, result)
+        assert copied.is_leaf and copied.requires_grad and copied.note == ["kept"]
+    same(copy.deepcopy(result).grad, result.grad)
+    with pytest.raises(RuntimeError, match="leaves"):
+        copy.deepcopy(result[0])
     # What is not ours goes its own way, storages shared as ever.
     pair = copy.deepcopy([a, a[0]])
     assert pair[0].data_ptr() == pair[1].data_ptr()
