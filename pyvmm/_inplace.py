@@ -67,7 +67,8 @@ class Switch:
         self._replacements = replacements
         self._put_there: list[tuple[Any, str, Any, Any]] = []  # owner, name, before, now
         self._lock = threading.Lock()
-        self._n_blocks = 0
+        # Weak, and not counted: what an interrupt kept from being ended goes by itself.
+        self._open: weakref.WeakSet[Turned] = weakref.WeakSet()
         self._thread = _Thread()
 
     @contextlib.contextmanager
@@ -77,20 +78,22 @@ class Switch:
         turned = Turned(capacity, layout, pool)
         # This thread's: a generator may be ended by another.
         blocks, results = self._thread.blocks, self._thread.results
-        with self._lock:
-            self._n_blocks += 1
-            if self._n_blocks == 1:
-                self._replace()
-        blocks.append(turned)
         try:
+            with self._lock:
+                if not self._open:
+                    self._put_back()  # what an interrupt left
+                    self._replace()
+                self._open.add(turned)
+            blocks.append(turned)
             yield turned
         finally:
-            blocks.remove(turned)
+            if turned in blocks:
+                blocks.remove(turned)
             if not blocks:
                 results.clear()
             with self._lock:
-                self._n_blocks -= 1
-                if self._n_blocks == 0:
+                self._open.discard(turned)
+                if not self._open:
                     self._put_back()
 
     def stay(self, capacity: SupportsIndex | None, layout: str | None, pool: Pool | None) -> None:
@@ -139,9 +142,10 @@ class Switch:
         results[key] = known, _dimension(result, axis)
 
     def _replace(self) -> None:
-        for owner, name, make in self._replacements:
-            replacement = make(getattr(owner, name))
-            self._put_there.append((owner, name, vars(owner).get(name), replacement))
+        self._put_there = [
+            (owner, name, vars(owner).get(name), make(getattr(owner, name)))
+            for owner, name, make in self._replacements
+        ]
         for owner, name, _, replacement in self._put_there:
             setattr(owner, name, replacement)
 

@@ -6,8 +6,10 @@ import contextlib
 import copy
 import functools
 import io
+import linecache
 import os
 import pickle
+import sys
 import threading
 import weakref
 
@@ -479,6 +481,50 @@ def test_an_exception_puts_everything_back():
         for wrong in ((), {"dim": 0}), (((),), {}), ((3,), {}), (([1], 2, 3, 4, 5), {}):
             with pytest.raises((TypeError, RuntimeError, ValueError)):
                 torch.cat(*wrong[0], **wrong[1])
+
+
+def test_interrupts_leave_the_next_block_as_it_should_be():
+    """At each line of a block's beginning and end, what Ctrl-C does there."""
+    code = pyvmm._inplace.Switch.block.__wrapped__.__code__
+    a = torch.ones(2)
+
+    def run(interrupted):
+        n_lines = 0
+
+        def trace(frame, event, argument):
+            nonlocal n_lines
+            if frame.f_code.co_filename != code.co_filename:
+                return None
+            # Between a lock and its block a signal is never raised, but a trace would be.
+            is_with = linecache.getline(code.co_filename, frame.f_lineno).lstrip()[:5] == "with "
+            if event == "line" and not is_with:
+                n_lines += 1
+                if n_lines == interrupted:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with pyvmm.torch.inplace_cat():
+                pass
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    for line in range(1, 200):
+        was_interrupted = run(line)
+        pyvmm.torch._SWITCH._thread.blocks.clear()  # where it never came to its end
+        with pyvmm.torch.inplace_cat() as turned:
+            torch.cat((torch.cat((a, a)), a))
+        assert turned.turned == 1, line
+        assert torch.cat is CAT and "view" not in vars(torch.Tensor), line
+        if not was_interrupted:
+            return
+    raise AssertionError("it never ran through")
 
 
 def test_what_others_put_there_meanwhile_stays(monkeypatch):
