@@ -58,7 +58,7 @@ cdef public void pyvmm_torch_free(void *pointer, Py_ssize_t n_bytes, int device,
 
 def bind(Pool pool not None):
     """Let the C entries take the memory of the pool's device from this pool, for the life of
-    the process. Binding the same pool again is fine.
+    the process: from then on it cannot be closed. Binding the same pool again is fine.
 
     Returns the file and the names of the two functions in it. Raises ValueError for a pool
     that is not of a GPU, or when another one is bound to the device; VMMError when closed."""
@@ -69,15 +69,16 @@ def bind(Pool pool not None):
     if device >= MAX_DEVICES:
         raise ValueError(f"{pool.device_name} is beyond the {MAX_DEVICES} that can be bound")
     cdef vmm_pool *handle = pool.enter("bind")
-    pool.leave()
     with _lock:
-        owner = _owners.get(device)
-        if owner is None:
-            _owners[device] = pool
-            # Not even the end of the interpreter may drop it.
+        owner = _owners.setdefault(device, pool)
+        if _bound[device] == NULL:
+            # Neither close() nor the end of the interpreter may take it away: this use of it is
+            # never left, and this reference never dropped.
             Py_INCREF(pool)
             _bound[device] = handle
-        elif owner is not pool:
+        else:
+            pool.leave()
+        if owner is not pool:
             raise ValueError(f"another pool is bound to {pool.device_name} already, and stays so: "
                              "take that one")
     return __file__, "pyvmm_torch_alloc", "pyvmm_torch_free"

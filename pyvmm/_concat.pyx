@@ -9,6 +9,7 @@ do for this is a Framework, of its own module.
 
 import importlib
 import os
+import sys
 import warnings
 from operator import index
 
@@ -549,6 +550,16 @@ cdef int _watch(tuple kind, Py_ssize_t n_old, Py_ssize_t n_rows) except -1:
             "last: what it gets is not what it returned. Pass the result on as it is. A copy "
             "(clone, contiguous, assignment into another array) or another axis on the way make "
             "it an ordinary array again; pyvmm.concat_stats() counts these as taken_in.",
-            stacklevel=2,
+            stacklevel=_frames_of_ours() + 1,
         )
     return 0
+
+
+cdef int _frames_of_ours() except -1:
+    """Frames of Python's between here, which has none, and the caller of this package."""
+    cdef int n = 0
+    frame = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("pyvmm."):
+        frame = frame.f_back
+        n += 1
+    return n

@@ -65,9 +65,10 @@ class Switch:
     ) -> None:
         self._framework = framework
         self._replacements = replacements
-        self._originals: list[tuple[Any, str, Any]] = []
+        self._put_there: list[tuple[Any, str, Any, Any]] = []  # owner, name, before, now
         self._lock = threading.Lock()
-        self._n_blocks = 0
+        # Weak, and not counted: what an interrupt kept from being ended goes by itself.
+        self._open: weakref.WeakSet[Turned] = weakref.WeakSet()
         self._thread = _Thread()
 
     @contextlib.contextmanager
@@ -77,20 +78,22 @@ class Switch:
         turned = Turned(capacity, layout, pool)
         # This thread's: a generator may be ended by another.
         blocks, results = self._thread.blocks, self._thread.results
-        with self._lock:
-            self._n_blocks += 1
-            if self._n_blocks == 1:
-                self._replace()
-        blocks.append(turned)
         try:
+            with self._lock:
+                if not self._open:
+                    self._put_back()  # what an interrupt left
+                    self._replace()
+                self._open.add(turned)
+            blocks.append(turned)
             yield turned
         finally:
-            blocks.remove(turned)
+            if turned in blocks:
+                blocks.remove(turned)
             if not blocks:
                 results.clear()
             with self._lock:
-                self._n_blocks -= 1
-                if self._n_blocks == 0:
+                self._open.discard(turned)
+                if not self._open:
                     self._put_back()
 
     def stay(self, capacity: SupportsIndex | None, layout: str | None, pool: Pool | None) -> None:
@@ -139,18 +142,22 @@ class Switch:
         results[key] = known, _dimension(result, axis)
 
     def _replace(self) -> None:
-        self._originals = [
-            (owner, name, getattr(owner, name)) for owner, name, _ in self._replacements
+        self._put_there = [
+            (owner, name, vars(owner).get(name), make(getattr(owner, name)))
+            for owner, name, make in self._replacements
         ]
-        for (owner, name, original), (_, _, make) in zip(
-            self._originals, self._replacements, strict=True
-        ):
-            setattr(owner, name, make(original))
+        for owner, name, _, replacement in self._put_there:
+            setattr(owner, name, replacement)
 
     def _put_back(self) -> None:
-        for owner, name, original in self._originals:
-            setattr(owner, name, original)
-        self._originals = []
+        for owner, name, before, replacement in self._put_there:
+            if vars(owner).get(name) is not replacement:
+                continue  # another has put its own there since, which may call ours
+            if before is None:
+                delattr(owner, name)  # a class had it from its base
+            else:
+                setattr(owner, name, before)
+        self._put_there = []
 
 
 def _dimension(array: Any, axis: Any) -> Any:

@@ -93,7 +93,9 @@ class _Paddle(_Cache):
 
 _CACHES: dict[str, type[_Cache]] = {"torch": _Torch, "cupy": _CuPy, "paddle": _Paddle}
 
-_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+# By id. A WeakSet cannot be gone through while another thread makes a pool; the list of this
+# one's references is made in one step.
+_pools: weakref.WeakValueDictionary[int, Pool] = weakref.WeakValueDictionary()
 
 
 def _caches(device: str) -> Iterator[tuple[str, _Cache, int, int]]:
@@ -118,8 +120,13 @@ def _unused(pool: Pool) -> int:
     return stats["free_bytes"] + stats["queued_bytes"] + stats["parked_bytes"]
 
 
+def _open_pools() -> list[Pool]:
+    pools = [reference() for reference in _pools.valuerefs()]
+    return [pool for pool in pools if pool is not None and not pool.closed]
+
+
 def _pools_of(device: str) -> list[Pool]:
-    return [pool for pool in list(_pools) if pool.device == device and not pool.closed]
+    return [pool for pool in _open_pools() if pool.device == device]
 
 
 def _over_budget(pool: Pool, needed_bytes: int) -> bool:
@@ -160,7 +167,7 @@ def ask_others(pool: Pool, needed_bytes: int) -> bool:
 
 def join(pool: Pool) -> None:
     """Let a new pool take part: be listed, and on a GPU ask the others when it runs out."""
-    _pools.add(pool)
+    _pools[id(pool)] = pool
     if pool.device == "host":
         return
     reference = weakref.ref(pool)
@@ -191,7 +198,7 @@ def who_holds_what() -> tuple[list[Holder], str]:
     """The holders on every device that has a pool, and the same as a table for people."""
     everyone: list[Holder] = []
     texts = []
-    for device in sorted({pool.device for pool in list(_pools) if not pool.closed}):
+    for device in sorted({pool.device for pool in _open_pools()}):
         try:
             info = device_info(device)
         except VMMError:

@@ -224,9 +224,10 @@ cdef class Pool:
         cdef vmm_pool *handle
         if _let_go is not None:
             _let_go()
+        # Only the lock of the books is taken, and shortages of other pools ask: no other thread
+        # runs meanwhile, and so none finds the pool in use when it closes it.
         handle = self.enter("stats")
-        with nogil:
-            status = vmm_pool_statistics(handle, &stats)
+        status = vmm_pool_statistics(handle, &stats)
         self.leave()
         check(status)
         return {
@@ -311,14 +312,15 @@ cdef class Pool:
         """Return all memory to the driver. Waits for the device where memory is queued.
 
         Raises VMMError: while tensors of it live, during a capture, when another thread is
-        inside a call on it, when the driver fails; the pool is then as before. Closing
-        twice is fine."""
+        inside a call on it, when torch's allocator is bound to it (pyvmm.torch.allocator), when
+        the driver fails; the pool is then as before. Closing twice is fine."""
         if self.handle == NULL:
             return
         if _let_go is not None:
             _let_go()
         if self.users:
-            raise_status(VMM_ERR_BUSY, "close", "another thread is using this pool")
+            raise_status(VMM_ERR_BUSY, "close", "another thread is using this pool, or it is bound "
+                         "to torch's allocator, which keeps it for the life of the process")
         # Taken away first: no other thread may use it while it is being closed.
         cdef vmm_pool *handle = self.handle
         cdef vmm_status status

@@ -87,6 +87,10 @@ def concatenate(
 _FIRST_GPU = gpu_name(cupy, 0)
 
 
+# cudaErrorMemoryAllocation, and hipErrorOutOfMemory.
+_ERROR_MEMORY_ALLOCATION = 2
+
+
 def allocator(pool: Pool | str = _FIRST_GPU) -> Any:
     """What cupy.cuda.set_allocator() and using_allocator() take, over a pool or over the
     default pool of a device: CuPy's memory pool with ours beneath it.

@@ -24,6 +24,7 @@ share_memory_) is not: clone() the result first.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -244,7 +245,8 @@ def allocator(pool: Pool | str = _FIRST_GPU) -> torch.cuda.memory.CUDAPluggableA
     torch.cuda.OutOfMemoryError; out-of-memory callbacks of the pool are not run, since torch
     holds its lock.
 
-    The pool is bound to its device for the life of the process, one for each device. Within
+    The pool is bound to its device for the life of the process, one for each device, and cannot
+    be closed any more. Within
     torch.cuda.memory.change_current_allocator() it works too, but torch does not check there
     whether there was memory.
 
@@ -264,6 +266,11 @@ def _is_ours(array: torch.Tensor) -> bool:
         return False  # it has no storage
 
 
+def _compact(array: torch.Tensor) -> torch.Tensor:
+    """A copy with a storage of its own, a leaf that requires gradients where `array` does."""
+    return array.detach().clone().requires_grad_(array.requires_grad)
+
+
 @functools.cache
 def _copy_elements_alone() -> None:
     """Teach deepcopy and pickle that of our tensors the elements are to be copied and not
@@ -272,16 +279,19 @@ def _copy_elements_alone() -> None:
 
     @functools.wraps(deepcopy)
     def __deepcopy__(self: torch.Tensor, memo: dict[int, Any]) -> Any:
-        if type(self) is not _Tensor or not _is_ours(self):
+        if type(self) is not _Tensor or not self.is_leaf or not _is_ours(self):
             return deepcopy(self, memo)
         if id(self) not in memo:
-            memo[id(self)] = self.clone()
+            memo[id(self)] = compact = _compact(self)
+            compact.grad = copy.deepcopy(self.grad, memo)
+            compact.__dict__ = copy.deepcopy(self.__dict__, memo)
         return memo[id(self)]
 
     @functools.wraps(reduce_ex)
     def __reduce_ex__(self: torch.Tensor, protocol: Any) -> Any:
         if type(self) is _Tensor and _is_ours(self):
-            self = self.clone()
+            attributes, self = self.__dict__, _compact(self)
+            self.__dict__ = attributes
         return reduce_ex(self, protocol)
 
     _Tensor.__deepcopy__ = __deepcopy__

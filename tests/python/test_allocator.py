@@ -97,6 +97,30 @@ def test_freeing_makes_no_driver_call_and_is_allowed_in_a_capture(bound):
     bound.trim(wait=True)
 
 
+def test_a_bound_pool_stays(cuda):
+    """Whoever closes it, or leaves its block: torch goes on to ask it for memory."""
+    run_python("""
+        import gc
+        import pyvmm
+        from test_allocator import entries
+        with pyvmm.Pool("cuda:0", max_bytes="64MiB") as pool:
+            alloc, free = entries(pool)
+            try:
+                pool.close()
+            except pyvmm.VMMError as error:
+                assert "torch" in str(error) and error.status == "VMM_ERR_BUSY"
+            assert not pool.closed
+        assert pool.closed
+        del pool
+        gc.collect()
+        others = [pyvmm.Pool("cuda:0", max_bytes="1GiB") for _ in range(8)]
+        pointer = alloc(40 << 20, 0, None)
+        assert pointer and not alloc(40 << 20, 0, None)
+        free(pointer, 40 << 20, 0, None)
+        assert alloc(40 << 20, 0, None)
+    """)
+
+
 def test_freeing_after_the_interpreter_has_gone(cuda):
     """By a destructor that runs at exit, when Python is no more."""
     run_python("""

@@ -407,10 +407,13 @@ def test_a_cache_that_is_taken_in_at_every_step_is_warned_of_once(device):
         from concat_arrays import array, value
         new = array({device!r}, np.ones((1, 8), "float32"))
 
+        def join(cache):
+            return pyvmm.concat(cache, new)
+
         def run(clone):
             caches = [new] * 3
             for step in range(30):
-                caches = [pyvmm.concat(clone(cache), new) for cache in caches]
+                caches = [join(clone(cache)) for cache in caches]
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -419,6 +422,7 @@ def test_a_cache_that_is_taken_in_at_every_step_is_warned_of_once(device):
             run(lambda cache: array({device!r}, value(cache)))
             run(lambda cache: array({device!r}, value(cache)))
         print(len(caught), caught[0].category.__name__, caught[0].message)
+        assert caught[0].lineno == join.__code__.co_firstlineno + 1, caught[0].lineno
         """
     )
     assert said.startswith("1 UserWarning concat has copied a whole cache in each of 8 steps")

@@ -6,8 +6,10 @@ import contextlib
 import copy
 import functools
 import io
+import linecache
 import os
 import pickle
+import sys
 import threading
 import weakref
 
@@ -299,6 +301,15 @@ def test_copies_of_results_are_of_their_elements(place):
     torch.save({"cache": result}, file)
     file.seek(0)
     same(torch.load(file)["cache"], result)
+    # All else of a tensor comes along, and a result of a computation is refused, as by torch.
+    result.requires_grad_().note = ["kept"]
+    (result * 2).sum().backward()
+    for copied in copy.deepcopy(result), pickle.loads(pickle.dumps(result)):
+        same(copied, result)
+        assert copied.is_leaf and copied.requires_grad and copied.note == ["kept"]
+    same(copy.deepcopy(result).grad, result.grad)
+    with pytest.raises(RuntimeError, match="leaves"):
+        copy.deepcopy(result[0])
     # What is not ours goes its own way, storages shared as ever.
     pair = copy.deepcopy([a, a[0]])
     assert pair[0].data_ptr() == pair[1].data_ptr()
@@ -470,6 +481,77 @@ def test_an_exception_puts_everything_back():
         for wrong in ((), {"dim": 0}), (((),), {}), ((3,), {}), (([1], 2, 3, 4, 5), {}):
             with pytest.raises((TypeError, RuntimeError, ValueError)):
                 torch.cat(*wrong[0], **wrong[1])
+
+
+def test_interrupts_leave_the_next_block_as_it_should_be():
+    """At each line of a block's beginning and end, what Ctrl-C does there."""
+    code = pyvmm._inplace.Switch.block.__wrapped__.__code__
+    a = torch.ones(2)
+
+    def run(interrupted):
+        n_lines = 0
+
+        def trace(frame, event, argument):
+            nonlocal n_lines
+            if frame.f_code.co_filename != code.co_filename:
+                return None
+            # Between a lock and its block a signal is never raised, but a trace would be.
+            is_with = linecache.getline(code.co_filename, frame.f_lineno).lstrip()[:5] == "with "
+            if event == "line" and not is_with:
+                n_lines += 1
+                if n_lines == interrupted:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with pyvmm.torch.inplace_cat():
+                pass
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    for line in range(1, 200):
+        was_interrupted = run(line)
+        pyvmm.torch._SWITCH._thread.blocks.clear()  # where it never came to its end
+        with pyvmm.torch.inplace_cat() as turned:
+            torch.cat((torch.cat((a, a)), a))
+        assert turned.turned == 1, line
+        assert torch.cat is CAT and "view" not in vars(torch.Tensor), line
+        if not was_interrupted:
+            return
+    raise AssertionError("it never ran through")
+
+
+def test_what_others_put_there_meanwhile_stays(monkeypatch):
+    assert "view" not in vars(torch.Tensor)
+    calls = []
+    with pyvmm.torch.inplace_cat() as turned:
+        inner = torch.cat
+
+        def counting(*args, **kwargs):
+            calls.append(1)
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(torch, "cat", counting)
+        a = torch.ones(2)
+        torch.cat((torch.cat((a, a)), a))
+        assert len(calls) == 2 and turned.turned == 1
+    assert torch.cat is counting and "view" not in vars(torch.Tensor)
+    same(torch.cat((a, a)), CAT((a, a)))
+    with pyvmm.torch.inplace_cat() as turned:
+        torch.cat((torch.cat((a, a)), a))
+        assert turned.turned == 1
+    assert torch.cat is counting and len(calls) == 4
+    monkeypatch.undo()
+    # Whoever puts back what was there inside the block puts back what does nothing.
+    assert torch.cat is inner
+    same(torch.cat((a, a)), CAT((a, a)))
+    torch.cat = CAT
 
 
 def test_every_name_and_spelling_of_it():

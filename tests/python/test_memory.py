@@ -1,6 +1,8 @@
 """One memory: whom a pool asks before it gives up, and what it then says."""
 
+import sys
 import textwrap
+import threading
 
 import pytest
 
@@ -184,3 +186,38 @@ def test_a_driver_that_has_no_memory_to_say_who_holds_it():
         print(t.length)
     """)
     assert said.splitlines() == ["2 []", "4"]
+
+
+def test_shortages_while_other_threads_make_and_close_pools(host):
+    stop = threading.Event()
+    errors = []
+
+    def make():
+        try:
+            while not stop.is_set():
+                for pool in [pyvmm.Pool("host") for _ in range(5)]:
+                    pool.close()
+        except Exception as error:
+            errors.append(error)
+
+    kept = [pyvmm.Pool("host") for _ in range(2000)]
+    for pool in kept:
+        pool.close()
+    thread = threading.Thread(target=make)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        with (
+            pyvmm.Pool("host", max_bytes="64KiB") as pool,
+            pyvmm.empty((0, 4096), "uint8", axis=0, capacity=100, pool=pool) as t,
+        ):
+            t.grow(16)
+            for _ in range(300):
+                with pytest.raises(pyvmm.OutOfMemoryError):
+                    t.grow(1)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not errors
