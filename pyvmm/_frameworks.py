@@ -8,11 +8,12 @@ from typing import Any
 def gpu_kind(framework: Any) -> str:
     """ "cuda" or "hip": whose GPUs those are that torch, cupy or paddle, the module, calls "cuda".
     Builds for ROCm call AMD's so."""
-    is_hip = {
-        "torch": lambda: framework.version.hip is not None,
-        "cupy": lambda: framework.cuda.runtime.is_hip,
-        "paddle": lambda: framework.is_compiled_with_rocm(),
-    }[framework.__name__]()
+    if framework.__name__ == "torch":
+        is_hip = framework.version.hip is not None
+    elif framework.__name__ == "cupy":
+        is_hip = framework.cuda.runtime.is_hip
+    else:
+        is_hip = framework.is_compiled_with_rocm()
     return "hip" if is_hip else "cuda"
 
 
