@@ -4,7 +4,8 @@
 
 The file is gcovr's. The section gets a row for each file, then every line that is left out by
 a GCOVR_EXCL marker, with the reason that stands behind the marker ("GCOVR_EXCL_LINE: reason"),
-and every line that no test reaches.
+and every line that no test reaches, with the reason behind its own marker ("unreached:
+reason"), which goes on for the lines that follow it.
 """
 
 import json
@@ -15,6 +16,8 @@ from pathlib import Path
 from reliability import PAGE, ROOT, replace_section
 
 MARKER = re.compile(r"GCOVR_EXCL_(LINE|BR_LINE|START|BR_START)\b:?\s*(.*?)\s*(?:\*/|$)")
+
+UNREACHED = re.compile(r"/\* unreached: (.*?)\s*\*/")
 
 
 class File:
@@ -74,8 +77,18 @@ def left_out(files):
             if not found[2]:
                 sys.exit(f"{file.path}:{number}: a GCOVR_EXCL marker without a reason")
             what = "branches of " if found[1].startswith("BR") else ""
-            text = line[: found.start()].rsplit("/*", 1)[0]
+            text = line[: found.start()].rsplit("/*", 1)[0].strip()
             yield f"{file.path}:{number}", what + code(text or file.source[number]), found[2]
+
+
+def why_unreached(file, number):
+    for line in file.source[number - 1], file.source[number - 2]:  # where there is room for it
+        found = UNREACHED.search(line)
+        if found:
+            return found[1]
+    if number - 1 in file.missed_lines:
+        return why_unreached(file, number - 1)
+    sys.exit(f"{file.path}:{number}: no test reaches it, and no marker says why")
 
 
 def section(files):
@@ -92,12 +105,13 @@ def section(files):
     missed = [(file, number) for file in files for number in file.missed_lines]
     if missed:
         yield ""
-        yield "Lines that no test reaches:"
+        yield "Lines that no test in C reaches:"
         yield ""
-        yield "| place | code |"
-        yield "|---|---|"
+        yield "| place | code | reason |"
+        yield "|---|---|---|"
         for file, number in missed:
-            yield f"| `{file.path}:{number}` | {code(file.source[number - 1])} |"
+            text, reason = file.source[number - 1], why_unreached(file, number)
+            yield f"| `{file.path}:{number}` | {code(UNREACHED.sub('', text))} | {reason} |"
 
 
 def main():

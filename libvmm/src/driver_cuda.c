@@ -250,14 +250,14 @@ static vmm_status check_stream(const gpu_device *device, CUstream stream) {
     CUdevice other;
     CUresult code = driver.calls.cuStreamGetCtx(stream, &context);
     if (code == CUDA_ERROR_INVALID_HANDLE || code == CUDA_ERROR_INVALID_CONTEXT ||
-        code == CUDA_ERROR_CONTEXT_IS_DESTROYED)
+        code == CUDA_ERROR_CONTEXT_IS_DESTROYED) /* unreached: no stream: the simulator ends */
         return fail(VMM_ERR_INVALID, code, "cuStreamGetCtx", ": this is no stream");
     if (code != CUDA_SUCCESS || context == device->context)
         return checked(code, "cuStreamGetCtx");
     /* Another context of the same device will do: the stream of a green context has one. */
     vmm_status status = CALL(cuCtxPushCurrent, context);
     if (status)
-        return status;
+        return status; /* unreached: a push that is refused for a stream of another context */
     status = CALL(cuCtxGetDevice, &other);
     driver.calls.cuCtxPopCurrent(&popped);
     if (!status && other != device->device)

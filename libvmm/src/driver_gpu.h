@@ -64,7 +64,7 @@ __attribute__((constructor)) static void watch_forks(void) {
 
 static vmm_status status_of(gpu_result code) {
     if (code == GPU_SUCCESS)
-        return VMM_OK;
+        return VMM_OK; /* unreached: callers ask of failures alone */
     if (code == GPU_ERROR_OUT_OF_MEMORY)
         return VMM_ERR_OUT_OF_MEMORY;
     if (code >= GPU_ERROR_CAPTURE_FIRST && code <= GPU_ERROR_CAPTURE_LAST)
@@ -358,7 +358,7 @@ static vmm_status gpu_set_access(void *state, uintptr_t address, size_t bytes) {
     };
     vmm_status status = enter_relaxed(device, &visit);
     if (status)
-        return status;
+        return status; /* unreached: map, just before, has entered */
     /* Under WSL2 it is not ready now and then when threads map at once: wait for 50 us, then
      * each time twice as long, 6 ms in all. */
     struct timespec pause = {.tv_nsec = 50 * 1000};
@@ -395,7 +395,7 @@ static vmm_status gpu_fill(void *state, uintptr_t dst, size_t bytes, vmm_stream 
 static vmm_status launch(const gpu_device *device, gpu_function kernel, const void *args,
                          size_t n_jobs, uint64_t n_units, vmm_stream stream) {
     if (n_units == 0)
-        return VMM_OK;
+        return VMM_OK; /* unreached: no caller launches nothing */
     visit visit;
     uint64_t n_blocks = (n_units - 1) / VMM_APPEND_BLOCK_THREADS + 1;
     uint64_t max_blocks = device->max_blocks / n_jobs;
@@ -444,14 +444,14 @@ static vmm_status gpu_stream_capture(void *state, vmm_stream stream, uint64_t *c
     *capture_id = 0;
     vmm_status status = enter(state, &visit);
     if (status)
-        return status;
+        return status; /* unreached: the calls before it have entered */
     /* The default stream cannot say while a stream that it waits for is captured; that is an
      * error of its own (STREAM_CAPTURE_IMPLICIT), which becomes VMM_ERR_CAPTURING. */
     status = leave(&visit, CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, &id, NULL,
                                 NULL, NULL));
     if (status)
         return status;
-    if (capture == GPU_CAPTURE_STATUS_INVALIDATED)
+    if (capture == GPU_CAPTURE_STATUS_INVALIDATED) /* unreached: a capture that broke */
         return vmm_fail(VMM_ERR_CAPTURING, GPU_NAME(StreamGetCaptureInfo),
                         "the capture of this stream has been invalidated: end it first");
     if (capture == GPU_CAPTURE_STATUS_ACTIVE)
@@ -494,7 +494,7 @@ static vmm_status gpu_event_record(void *state, driver_event event, vmm_stream s
 static vmm_status gpu_event_wait(void *state, vmm_stream stream, driver_event event,
                                  bool external) {
     visit visit;
-    if (external && !GPU_EXTERNAL_WAITS)
+    if (external && !GPU_EXTERNAL_WAITS) /* unreached: on HIP, work outside a capture */
         return vmm_fail(VMM_ERR_CAPTURING, GPU_NAME(StreamWaitEvent),
                         GPU_VENDOR " cannot wait, in a capture, for work submitted outside it: "
                                    "append on the captured stream before the capture begins");

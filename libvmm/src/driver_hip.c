@@ -178,14 +178,14 @@ static vmm_status map_file(const char *path, const void **out) {
     struct stat info;
     int file = open(path, O_RDONLY | O_CLOEXEC);
     void *mapped = MAP_FAILED;
-    if (file >= 0 && fstat(file, &info) == 0 && info.st_size > 0)
+    if (file >= 0 && fstat(file, &info) == 0 && info.st_size > 0) /* unreached: no HIP compiler */
         mapped = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, file, 0);
     if (file >= 0)
         close(file);
     if (mapped == MAP_FAILED)
         return vmm_fail(VMM_ERR_UNSUPPORTED, "device_open",
                         "VMM_HIP_KERNELS names %s, which cannot be read or is empty", path);
-    *out = mapped;
+    *out = mapped; /* unreached: for a build without a HIP compiler */
     return VMM_OK;
 }
 
@@ -196,7 +196,7 @@ static vmm_status load_kernels(gpu_device *device) {
         vmm_status status = map_file(path, &image);
         if (status)
             return status;
-    } else if (!has_hipfb()) {
+    } else if (!has_hipfb()) { /* unreached: a build without a HIP compiler */
         return vmm_fail(VMM_ERR_UNSUPPORTED, "device_open",
                         "libvmm was built without a HIP compiler, so it has no kernels for "
                         "'hip:%d': build it with hipcc, or clang 17 or later and lld, on PATH; or "
@@ -234,7 +234,7 @@ static vmm_status find_device(int index, gpu_device *out) {
         (status = CALL(hipDeviceGetAttribute, &n_multiprocessors,
                        hipDeviceAttributeMultiprocessorCount, out->device)))
         return status;
-    if (!is_supported)
+    if (!is_supported) /* unreached: all simulated GPUs do */
         return vmm_fail(VMM_ERR_UNSUPPORTED, "device_open",
                         "'hip:%d' does not support virtual memory management", index);
     out->max_blocks =
@@ -257,7 +257,7 @@ static hipStream_t stream_of(vmm_stream stream) {
 
 static vmm_status check_stream(const gpu_device *device, hipStream_t stream) {
     int owner = driver.calls.hipGetStreamDeviceId(stream);
-    if (owner < 0)
+    if (owner < 0) /* unreached: what is no stream ends the simulator */
         return vmm_fail(VMM_ERR_INVALID, "hipGetStreamDeviceId", "%p is no stream", (void *)stream);
     if (owner != device->device)
         return vmm_fail(VMM_ERR_INVALID, "hipGetStreamDeviceId",

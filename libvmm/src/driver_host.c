@@ -200,7 +200,7 @@ static vmm_status host_map(void *state, uintptr_t address, size_t bytes, driver_
     (void)state, (void)handle;
     char *start = (char *)address;
     if (bytes >= CHECKED_BYTES && bytes > meminfo("MemAvailable", SIZE_MAX))
-        return fail("mmap", ENOMEM, bytes);
+        return fail("mmap", ENOMEM, bytes); /* unreached: more than the machine has */
     if (mprotect(start, bytes, PROT_READ | PROT_WRITE))
         return fail("mprotect", errno, bytes);
     int code = populate(start, bytes);

@@ -39,7 +39,7 @@ void vmm_fail_note(const char *format, ...) {
     va_list arguments;
     size_t used = strlen(last_error.message);
     if (undo_depth > 0)
-        return;
+        return; /* unreached: what is undone adds no note */
     va_start(arguments, format);
     vsnprintf(last_error.message + used, sizeof last_error.message - used, format, arguments);
     va_end(arguments);

@@ -70,7 +70,7 @@ vmm_status vmm_find(const void *base, vmm_tensor **out) {
         tensor = NULL; /* the last reference is just going */
     pthread_mutex_unlock(&table_lock);
     *out = tensor;
-    if (inherited)
+    if (inherited) /* unreached: by a child, which ends in _exit() */
         return vmm_fail(VMM_ERR_FORKED, "find",
                         "the tensor belongs to the parent process: its memory is not here");
     return VMM_OK;

@@ -266,7 +266,7 @@ static vmm_status extend_lane(range_change *change, range *range, size_t lane_in
 vmm_status range_extend(range_change *change, range *range, size_t lane_bytes, bool wait) {
     for (size_t i = 0; i < range->n_lanes; i++) {
         if (range->lanes[i].live_bytes >= lane_bytes)
-            continue;
+            continue; /* unreached: lanes that differ, by blocks of halved sizes */
         vmm_status status = extend_lane(change, range, i, lane_bytes, wait);
         if (status)
             return status;

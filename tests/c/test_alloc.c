@@ -63,6 +63,7 @@ static void test_arguments(const fixture *f) {
     CHECK_STATUS(vmm_pool_alloc(NULL, 1, NULL, &pointer), VMM_ERR_INVALID);
     CHECK_STATUS(vmm_pool_alloc(f->pool, 1, NULL, NULL), VMM_ERR_INVALID);
     CHECK_OK(vmm_pool_free(f->pool, NULL));
+    CHECK_STATUS(vmm_pool_free(NULL, &pointer), VMM_ERR_INVALID);
     CHECK_STATUS(vmm_pool_free(f->pool, &pointer), VMM_ERR_INVALID);
     CHECK_OK(vmm_pool_alloc(f->pool, 1, NULL, &pointer));
     CHECK_STATUS(vmm_pool_free(f->pool, (char *)pointer + 1), VMM_ERR_INVALID);

@@ -164,12 +164,14 @@ class Tracked:
         self.address, self.strides = tensor.ptr, tensor.strides
         self.exports, self.views = [], []
         self.n_read = 0  # rows that __cuda_array_interface__ has pinned for good
+        self.n_shown = 0  # rows of what concat() made of an export, pinned by any export
         self.was_read = False
         self.fresh = True  # nothing is mapped but what growth needed
 
     @property
     def pinned(self):
-        return max([self.n_read, *(export.n_pinned for export in self.exports)])
+        self.n_shown = self.n_shown if self.is_exported else 0
+        return max([self.n_read, self.n_shown, *(export.n_pinned for export in self.exports)])
 
     @property
     def is_exported(self):
@@ -601,6 +603,32 @@ class Machine(RuleBasedStateMachine):
         if keep:
             tracked.views.append((view, start, start + n_rows))
 
+    @precondition(lambda self: self.on_host)
+    @step(n=picks, size=sizes, end=st.floats(0, 2), keep=st.booleans())
+    def concat(self, n, size, end, keep):
+        """The rows up to `end` with others behind them: appended in place, or a copy."""
+        tracked = self.pick(n)
+        stop = int(min(end, 1) * tracked.model.length)
+        cache = np.asarray(tracked.t) if end > 1 else np.asarray(tracked.t[:stop])
+        x = self.rows(tracked.rows_of(size))
+        expected = np.concatenate((tracked.model.rows(0, stop), x), self.axis)
+        pyvmm.concat_stats(reset=True)
+        joined, result = self.attempt(
+            lambda: pyvmm.concat(cache, x, self.axis, pool=tracked.home.pool),
+            OutOfMemoryError=self.may_run_out(tracked.home),
+        )
+        if not joined:
+            return
+        assert same(result, expected)
+        appended = pyvmm.concat_stats()["appended"] == 1
+        done["concat: appended" if appended else "concat: copied"] += 1
+        if appended:
+            assert stop == tracked.model.length
+            tracked.model.append(x)
+            tracked.n_shown = tracked.model.length
+            if keep:
+                tracked.exports.append(Export("asarray", result, tracked.n_shown, expected))
+
     @step(n=picks, size=sizes, fault=faults)
     def map(self, n, size, fault):
         tracked = self.pick(n)
@@ -745,6 +773,7 @@ class Machine(RuleBasedStateMachine):
     def tensors_are_as_the_models(self):
         self.n_steps += 1
         for tracked in self.tensors:
+            assert tracked.t.length >= tracked.pinned
             t, model = tracked.t, tracked.model
             assert (t.ptr, t.strides) == (tracked.address, tracked.strides)
             assert t.shape == model.array.shape
