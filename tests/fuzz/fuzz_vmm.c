@@ -291,8 +291,8 @@ static void do_pool_close(void) {
     if (i < 0)
         return;
     unsigned expected = BIT(VMM_OK) | (is_capturing() ? BIT(VMM_ERR_CAPTURING) : 0);
-    vmm_status status =
-        TRY(has_tensors(i) || has_allocations(i) ? BIT(VMM_ERR_BUSY) : expected, vmm_pool_close(w.pools[i].pool));
+    vmm_status status = TRY(has_tensors(i) || has_allocations(i) ? BIT(VMM_ERR_BUSY) : expected,
+                            vmm_pool_close(w.pools[i].pool));
     if (!status)
         w.pools[i] = (pool_slot){0};
 }

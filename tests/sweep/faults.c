@@ -268,8 +268,7 @@ void IN_FRONT(free)(void *block) {
 }
 
 /* It allocates by itself. A node begins where its block does. */
-void *IN_FRONT(tsearch)(const void *key, void **root,
-                        int (*compare)(const void *, const void *)) {
+void *IN_FRONT(tsearch)(const void *key, void **root, int (*compare)(const void *, const void *)) {
     resolved();
     if (!FROM_LIBVMM())
         return libc.tsearch(key, root, compare);

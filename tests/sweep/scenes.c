@@ -438,8 +438,7 @@ static void check_pool_trim_wait(world *w) {
 /* Without an event for the whole device (HIP, CUDA before 12.5) a fence waits for it: what is
  * queued stays. */
 static void check_pool_trim(world *w) {
-    bool waits = w->config->is_gpu &&
-                 (is_hip || atoi(getenv("VMM_SIM_DRIVER_VERSION")) < 12050);
+    bool waits = w->config->is_gpu && (is_hip || atoi(getenv("VMM_SIM_DRIVER_VERSION")) < 12050);
     vmm_pool_stats stats;
     if (waits) {
         CHECK_OK(vmm_pool_statistics(w->f.pool, &stats));
