@@ -175,7 +175,8 @@ cdef int _check_dtype(vmm_dtype dtype, const Target *target) except -1:
     ):
         raise TypeError(
             f"x is {name_of(dtype.code, dtype.bits, dtype.lanes)} and the tensor "
-            f"{name_of(target.dtype.code, target.dtype.bits)}: append converts nothing"
+            f"{name_of(target.dtype.code, target.dtype.bits)}: append converts nothing, "
+            "so convert x or make the tensor of its dtype"
         )
     return 0
 

@@ -234,8 +234,10 @@ vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows) {
     if (status)
         return status;
     if (n_rows > tensor->spec.capacity)
-        return vmm_fail(VMM_ERR_CAPACITY, "map", "%zu rows exceed the capacity of %zu", n_rows,
-                        tensor->spec.capacity);
+        return vmm_fail(VMM_ERR_CAPACITY, "map",
+                        "%zu rows exceed the capacity of %zu: reserve a "
+                        "larger one (address space costs no memory)",
+                        n_rows, tensor->spec.capacity);
     if (n_rows <= tensor->mapped)
         return VMM_OK;
     range_change change;
