@@ -21,15 +21,18 @@ NVCC ?= $(firstword $(realpath $(shell command -v nvcc || \
                 $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc 2>/dev/null)))
 
 # A HIP compiler: ROCm's, or a clang that knows these GPUs and has lld beside it. Tried, since
-# only a trial tells. HIPCC= on the command line says: none, no kernels for AMD GPUs.
+# only a trial tells; into a file, since a compiler that fails as root may remove /dev/null.
+# HIPCC= on the command line says: none, no kernels for AMD GPUs.
 HIP_ARCHS ?= gfx90a gfx942
 HIP_FLAGS = -x hip --cuda-device-only $(HIP_ARCHS:%=--offload-arch=%) --gpu-bundle-output \
   -nogpulib -nogpuinc -mcode-object-version=4 -O3 -std=c++17 -fdeclspec -Wall -Wextra
 ifeq ($(origin HIPCC),undefined)
-HIPCC := $(shell for cc in hipcc $${ROCM_PATH:+$$ROCM_PATH/bin/hipcc} clang \
-           clang-22 clang-21 clang-20 clang-19 clang-18 clang-17; do \
-           command -v $$cc >/dev/null && $$cc $(HIP_FLAGS) -o /dev/null - </dev/null \
-             2>/dev/null && echo $$cc && break; done)
+HIPCC := $(shell trial=$$(mktemp) || exit; \
+           for cc in hipcc $${ROCM_PATH:+$$ROCM_PATH/bin/hipcc} clang \
+             clang-22 clang-21 clang-20 clang-19 clang-18 clang-17; do \
+             command -v $$cc >/dev/null && $$cc $(HIP_FLAGS) -o $$trial - </dev/null \
+               2>/dev/null && echo $$cc && break; \
+           done; rm -f $$trial)
 endif
 
 CFLAGS ?= -O2 -g
