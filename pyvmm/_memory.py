@@ -115,9 +115,11 @@ def _caches(device: str) -> Iterator[tuple[str, _Cache, int, int]]:
             yield name, cache, *found
 
 
-def _unused(pool: Pool) -> int:
+def _bytes_of(pool: Pool) -> tuple[int, int]:
+    """In use, and kept unused."""
     stats = pool.stats()
-    return stats["free_bytes"] + stats["queued_bytes"] + stats["parked_bytes"]
+    unused = stats["free_bytes"] + stats["queued_bytes"] + stats["parked_bytes"]
+    return stats["in_use_bytes"], unused
 
 
 def _open_pools() -> list[Pool]:
@@ -132,8 +134,7 @@ def _pools_of(device: str) -> list[Pool]:
 def _over_budget(pool: Pool, needed_bytes: int) -> bool:
     if pool.max_bytes is None:
         return False
-    stats = pool.stats()
-    return stats["in_use_bytes"] + _unused(pool) + needed_bytes > pool.max_bytes
+    return sum(_bytes_of(pool)) + needed_bytes > pool.max_bytes
 
 
 def ask_others(pool: Pool, needed_bytes: int) -> bool:
@@ -156,10 +157,10 @@ def ask_others(pool: Pool, needed_bytes: int) -> bool:
         if other is pool:
             continue
         try:
-            before = _unused(other)
+            _, before = _bytes_of(other)
             if before:
                 other.trim(wait=True)  # as the pool has waited for its own
-                freed |= _unused(other) < before
+                freed |= _bytes_of(other)[1] < before
         except VMMError:
             continue  # closed meanwhile, or a capture is going on
     return freed
@@ -184,8 +185,7 @@ def holders(device: str) -> list[Holder]:
     found = []
     for pool in _pools_of(device):
         try:
-            in_use = pool.stats()["in_use_bytes"]
-            found.append(Holder(device, "pyvmm.Pool", in_use, _unused(pool)))
+            found.append(Holder(device, "pyvmm.Pool", *_bytes_of(pool)))
         except VMMError:
             continue  # closed meanwhile
     if device != "host":
