@@ -82,7 +82,7 @@ class _Torch(Framework):
             return 0
         try:
             address: int = array.data_ptr()
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:
             return 0  # it has no storage
         return address
 
@@ -262,7 +262,7 @@ def allocator(pool: Pool | str = _FIRST_GPU) -> torch.cuda.memory.CUDAPluggableA
 def _is_ours(array: torch.Tensor) -> bool:
     try:
         return is_tensor_at(array.untyped_storage().data_ptr())
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return False  # it has no storage
 
 
