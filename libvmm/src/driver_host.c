@@ -1,8 +1,10 @@
 /* driver_host.c - the host's memory behind the driver table.
  *
  * A reservation is an anonymous mapping without access. A block has no existence of its
- * own: mapping one opens its part of the reservation and populates it there and then, so
- * that running out of memory is an error of map and never a signal on first touch.
+ * own: opening it (set_access) populates its part of the reservation there and then, so that
+ * running out of memory is an error of the growth and never a signal on first touch. Not map,
+ * which comes once for each block: all that a growth adds to a lane is opened in one call, and
+ * gets huge pages where it holds whole ones, whatever the size of its blocks.
  * Reservations are kept out of forked children and ask for huge pages, which make the first
  * touch three to five times cheaper.
  */
@@ -197,19 +199,20 @@ static int populate(char *address, size_t bytes) {
 }
 
 static vmm_status host_map(void *state, uintptr_t address, size_t bytes, driver_handle handle) {
-    (void)state, (void)handle;
+    (void)state, (void)address, (void)bytes, (void)handle;
+    return VMM_OK;
+}
+
+/* What fails half-way may stay open, until its blocks are unmapped. */
+static vmm_status host_set_access(void *state, uintptr_t address, size_t bytes) {
+    (void)state;
     char *start = (char *)address;
     if (bytes >= CHECKED_BYTES && bytes > meminfo("MemAvailable", SIZE_MAX))
         return fail("mmap", ENOMEM, bytes); /* unreached: more than the machine has */
     if (mprotect(start, bytes, PROT_READ | PROT_WRITE))
         return fail("mprotect", errno, bytes);
     int code = populate(start, bytes);
-    if (code) {
-        drop_pages(start, bytes);
-        mprotect(start, bytes, PROT_NONE);
-        return fail("madvise", code, bytes);
-    }
-    return VMM_OK;
+    return code ? fail("madvise", code, bytes) : VMM_OK;
 }
 
 static vmm_status host_unmap(void *state, uintptr_t address, size_t bytes) {
@@ -224,14 +227,6 @@ static vmm_status host_unmap(void *state, uintptr_t address, size_t bytes) {
         return fail("madvise", code, bytes);
     }
     return VMM_OK;
-}
-
-/* map opened it, but an unmap that failed half-way may have closed it again. To open what is
- * open costs the kernel nothing. */
-static vmm_status host_set_access(void *state, uintptr_t address, size_t bytes) {
-    (void)state;
-    return mprotect((void *)address, bytes, PROT_READ | PROT_WRITE) ? fail("mprotect", errno, bytes)
-                                                                    : VMM_OK;
 }
 
 static vmm_status host_fill(void *state, uintptr_t dst, size_t bytes, vmm_stream stream) {
