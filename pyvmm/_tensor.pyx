@@ -365,8 +365,8 @@ cdef class VTensor(TensorCore):
 
         A source in host memory has been read when append returns.
         Raises TypeError (no array, another dtype), ValueError (another shape or device, a last
-        dimension that is not dense), CapacityError, OutOfMemoryError, VMMError; then the
-        tensor is as before."""
+        dimension that is not dense, lanes that are none or are named twice), CapacityError,
+        OutOfMemoryError, VMMError; then the tensor is as before."""
         self.live("append")
         if lanes is None and counts is None:
             append_one(self, x, stream)
@@ -378,8 +378,8 @@ cdef class VTensor(TensorCore):
         or through out=. They hold undefined bytes, or zero for a tensor made with zero=True.
 
         Within mapped rows it costs nothing.
-        Raises ValueError (negative; lanes of different lengths), CapacityError, OutOfMemoryError, VMMError; then the
-        tensor is as before."""
+        Raises ValueError (negative; lanes of different lengths), CapacityError,
+        OutOfMemoryError, VMMError; then the tensor is as before."""
         cdef Py_ssize_t n_rows = _rows(n, "n")
         cdef vmm_tensor *handle = self.handle
         cdef Py_ssize_t start
