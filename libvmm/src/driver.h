@@ -56,11 +56,13 @@ typedef struct driver_ops {
     vmm_status (*fill)(void *state, uintptr_t dst, size_t bytes, vmm_stream stream);
     vmm_status (*copy)(void *state, uintptr_t dst, const void *src, size_t bytes,
                        vmm_stream stream);
-    /* Run the append kernel over jobs, at most VMM_APPEND_JOBS (or _WIDE) of them. */
+    /* Run the append kernel over jobs, at most VMM_APPEND_JOBS (or _JOBS_WIDE, _PIECES). */
     vmm_status (*launch)(void *state, const vmm_append_args *args, size_t n_jobs,
                          vmm_stream stream);
     vmm_status (*launch_wide)(void *state, const vmm_append_args_wide *args, size_t n_jobs,
                               vmm_stream stream);
+    vmm_status (*launch_pieces)(void *state, const vmm_append_args_pieces *args, size_t n_pieces,
+                                vmm_stream stream);
 
     /* Is `stream` one of this device (VMM_ERR_INVALID if not), and is it capturing? The
      * capture's identity tells two captures apart; 0 for none. */

@@ -50,7 +50,7 @@ typedef struct gpu_device {
     CUdevice device;
     CUcontext context;
     unsigned max_blocks; /* of one launch, so that all of them run at once */
-    CUfunction append, append_wide;
+    CUfunction append, append_wide, append_pieces;
     const char *kernel_form; /* "fatbin", "ptx", NULL before they are loaded */
     struct gpu_device *next;
 } gpu_device;

@@ -162,17 +162,19 @@ static vmm_status fail_forked(void) {
                                "start this one by spawn; device='host' works");
 }
 
-/* Load both kernels of `image`, in the current context, and with them their code: a
+/* Load the kernels of `image`, in the current context, and with them their code: a
  * function that is loaded at its first launch would be so within someone's capture. */
 static gpu_result load_image(gpu_device *device, const void *image, const char **operation) {
     gpu_module module;
-    gpu_function functions[2];
-    static const char *const names[] = {VMM_APPEND_KERNEL, VMM_APPEND_KERNEL_WIDE};
+    enum { N_KERNELS = 3 };
+    gpu_function functions[N_KERNELS];
+    static const char *const names[N_KERNELS] = {VMM_APPEND_KERNEL, VMM_APPEND_KERNEL_WIDE,
+                                                 VMM_APPEND_KERNEL_PIECES};
     *operation = GPU_NAME(ModuleLoadData);
     gpu_result code = driver.calls.GPU(ModuleLoadData)(&module, image);
     if (code != GPU_SUCCESS)
         return code;
-    for (int i = 0; i < 2 && code == GPU_SUCCESS; i++) {
+    for (int i = 0; i < N_KERNELS && code == GPU_SUCCESS; i++) {
         *operation = GPU_NAME(ModuleGetFunction);
         code = driver.calls.GPU(ModuleGetFunction)(&functions[i], module, names[i]);
         if (code == GPU_SUCCESS)
@@ -184,6 +186,7 @@ static gpu_result load_image(gpu_device *device, const void *image, const char *
     }
     device->append = functions[0];
     device->append_wide = functions[1];
+    device->append_pieces = functions[2];
     return GPU_SUCCESS;
 }
 
@@ -390,24 +393,35 @@ static vmm_status gpu_fill(void *state, uintptr_t dst, size_t bytes, vmm_stream 
                           CALL(GPU(MemsetD8Async), (gpu_address)dst, 0, bytes, stream_of(stream)));
 }
 
-/* One thread for each unit of the largest job, until the device is full: then each takes
- * several. The parameters stay where the caller has them; the driver copies them. */
-static vmm_status launch(const gpu_device *device, gpu_function kernel, const void *args,
-                         size_t n_jobs, uint64_t n_units, vmm_stream stream) {
-    if (n_units == 0)
-        return VMM_OK; /* unreached: no caller launches nothing */
+static uint64_t blocks_for(uint64_t n_units) {
+    return (n_units + VMM_APPEND_BLOCK_THREADS - 1) / VMM_APPEND_BLOCK_THREADS;
+}
+
+/* The parameters stay where the caller has them; the driver copies them. */
+static vmm_status launch_grid(const gpu_device *device, gpu_function kernel, const void *args,
+                              uint64_t n_blocks, size_t n_jobs, uint64_t n_runs,
+                              vmm_stream stream) {
     visit visit;
-    uint64_t n_blocks = (n_units - 1) / VMM_APPEND_BLOCK_THREADS + 1;
-    uint64_t max_blocks = device->max_blocks / n_jobs;
-    if (n_blocks > max_blocks)
-        n_blocks = max_blocks ? max_blocks : 1;
     void *parameters[] = {(void *)args};
     vmm_status status = enter(device, &visit);
     if (!status)
         status = leave(&visit, CALL(GPU(LaunchKernel), kernel, (unsigned)n_blocks, (unsigned)n_jobs,
-                                    1, VMM_APPEND_BLOCK_THREADS, 1, 1, 0, stream_of(stream),
-                                    parameters, NULL));
+                                    (unsigned)n_runs, VMM_APPEND_BLOCK_THREADS, 1, 1, 0,
+                                    stream_of(stream), parameters, NULL));
     return status;
+}
+
+/* One thread for each unit of the largest job, until the device is full: then each takes
+ * several. */
+static vmm_status launch(const gpu_device *device, gpu_function kernel, const void *args,
+                         size_t n_jobs, uint64_t n_units, vmm_stream stream) {
+    if (n_units == 0)
+        return VMM_OK; /* unreached: no caller launches nothing */
+    uint64_t n_blocks = blocks_for(n_units);
+    uint64_t max_blocks = device->max_blocks / n_jobs;
+    if (n_blocks > max_blocks)
+        n_blocks = max_blocks ? max_blocks : 1;
+    return launch_grid(device, kernel, args, n_blocks, n_jobs, 1, stream);
 }
 
 static vmm_status gpu_launch(void *state, const vmm_append_args *args, size_t n_jobs,
@@ -426,6 +440,35 @@ static vmm_status gpu_launch_wide(void *state, const vmm_append_args_wide *args,
     for (size_t i = 0; i < n_jobs; i++)
         n_units = args->job[i].n_units > n_units ? args->job[i].n_units : n_units;
     return launch(device, device->append_wide, args, n_jobs, n_units, stream);
+}
+
+/* Blocks for each run. Where pieces differ in size, the share of those that need few goes to
+ * those that need many: what is without work ends at once. */
+static uint64_t blocks_for_pieces(const gpu_device *device, const vmm_append_args_pieces *args,
+                                  size_t n_pieces) {
+    uint64_t most = 0, n_blocks = device->max_blocks / (n_pieces * args->n_runs);
+    for (size_t i = 0; i < n_pieces; i++)
+        most = args->piece[i].n_units > most ? args->piece[i].n_units : most;
+    most = blocks_for(most);
+    n_blocks = n_blocks ? n_blocks : 1;
+    while (n_blocks < most) {
+        uint64_t working = 0;
+        for (size_t i = 0; i < n_pieces; i++) {
+            uint64_t needed = blocks_for(args->piece[i].n_units);
+            working += needed < 2 * n_blocks ? needed : 2 * n_blocks;
+        }
+        if (working * args->n_runs > device->max_blocks)
+            break;
+        n_blocks *= 2;
+    }
+    return n_blocks < most ? n_blocks : most;
+}
+
+static vmm_status gpu_launch_pieces(void *state, const vmm_append_args_pieces *args,
+                                    size_t n_pieces, vmm_stream stream) {
+    const gpu_device *device = state;
+    return launch_grid(device, device->append_pieces, args,
+                       blocks_for_pieces(device, args, n_pieces), n_pieces, args->n_runs, stream);
 }
 
 /* ---- Streams ------------------------------------------------------------------- */
@@ -540,10 +583,11 @@ static vmm_status gpu_fence(void *state, driver_event event) {
     .query = gpu_query, .reserve = gpu_reserve, .free = gpu_free, .create = gpu_create,            \
     .release = gpu_release, .map = gpu_map, .unmap = gpu_unmap, .set_access = gpu_set_access,      \
     .copy = gpu_copy, .fill = gpu_fill, .launch = gpu_launch, .launch_wide = gpu_launch_wide,      \
-    .stream_check = gpu_stream_check, .stream_capture = gpu_stream_capture,                        \
-    .stream_synchronize = gpu_stream_synchronize, .event_create = gpu_event_create,                \
-    .event_destroy = gpu_event_destroy, .event_record = gpu_event_record,                          \
-    .event_wait = gpu_event_wait, .event_query = gpu_event_query,                                  \
-    .event_synchronize = gpu_event_synchronize, .fence = gpu_fence, .fence_waits = fence_waits
+    .launch_pieces = gpu_launch_pieces, .stream_check = gpu_stream_check,                          \
+    .stream_capture = gpu_stream_capture, .stream_synchronize = gpu_stream_synchronize,            \
+    .event_create = gpu_event_create, .event_destroy = gpu_event_destroy,                          \
+    .event_record = gpu_event_record, .event_wait = gpu_event_wait,                                \
+    .event_query = gpu_event_query, .event_synchronize = gpu_event_synchronize,                    \
+    .fence = gpu_fence, .fence_waits = fence_waits
 
 #endif /* VMM_DRIVER_GPU_H */

@@ -65,7 +65,7 @@ typedef struct gpu_device {
     int index;
     hipDevice_t device;
     unsigned max_blocks; /* of one launch, so that all of them run at once */
-    hipFunction_t append, append_wide;
+    hipFunction_t append, append_wide, append_pieces;
     const char *kernel_form; /* "hipfb", NULL before they are loaded */
     struct gpu_device *next;
 } gpu_device;

@@ -129,6 +129,12 @@ vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out) {
                           "%zu rows of this shape do not fit the address space", spec->capacity);
         goto free_tensor;
     }
+    tensor->n_lengths = is_lane_dimension(spec, 0) ? (size_t)spec->shape[0] : 1;
+    tensor->lengths = calloc(tensor->n_lengths, 2 * sizeof *tensor->lengths);
+    if (!tensor->lengths) {
+        status = vmm_fail(VMM_ERR_OUT_OF_MEMORY, "reserve", "no host memory left");
+        goto free_tensor;
+    }
     status = range_create(pool, tensor->n_lanes, lane_bytes, tensor->spec.block_bytes,
                           tensor->driver_calls, &tensor->range);
     if (status)
@@ -140,6 +146,7 @@ vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out) {
     return VMM_OK;
 
 free_tensor:
+    free(tensor->lengths);
     free(tensor);
     return status;
 }
@@ -150,6 +157,7 @@ void tensor_destroy(vmm_tensor *tensor) {
     range_retire(tensor->range);
     pthread_mutex_destroy(&tensor->pin_lock);
     free(tensor->waits);
+    free(tensor->lengths);
     free(tensor);
 }
 
@@ -265,8 +273,13 @@ static vmm_status fill_zero(vmm_tensor *tensor, size_t n_rows, bool *submitted) 
     return status;
 }
 
-/* What grow does when it cannot just count: map, zero. */
+/* What grow does when it cannot just count: refuse, map, zero. */
 static vmm_status grow_slowly(vmm_tensor *tensor, size_t n_rows) {
+    if (tensor->is_ragged) /* no view could show the rows that are new, and no others */
+        return vmm_fail(VMM_ERR_INVALID, "grow",
+                        "the lanes have different lengths, %zu to %zu: append() to them, each at "
+                        "its own, or truncate() until all are the same",
+                        lanes_least(tensor), tensor->length);
     range_change change = {0};
     vmm_status status = VMM_OK;
     tensor->busy = true;
@@ -289,9 +302,9 @@ vmm_status vmm_grow(vmm_tensor *tensor, size_t n_rows, void **out) {
     if (status)
         return status;
     size_t length = tensor->length;
-    if (n_rows > tensor->spec.capacity - length)
+    if (n_rows > tensor->spec.capacity - length && !tensor->is_ragged)
         return tensor_fail_capacity(tensor, "grow", n_rows);
-    if (n_rows > tensor->mapped - length || (tensor->spec.zero && n_rows)) {
+    if (n_rows > tensor->mapped - length || (tensor->spec.zero && n_rows) || tensor->is_ragged) {
         status = grow_slowly(tensor, n_rows);
         if (status)
             return status;
@@ -369,7 +382,9 @@ vmm_status vmm_fork(vmm_tensor *tensor, size_t n_rows, vmm_tensor **out) {
     /* The source's next write comes after this reading. Said first, since it can fail. */
     status = n_rows ? order_add_wait(tensor, stream) : VMM_OK;
     if (!status && n_rows)
-        status = append_checked(1, target, &rows, stream);
+        status = append_checked(1, target, &rows, NULL, stream);
+    if (!status && tensor->is_ragged)
+        lanes_copy(copy, tensor, n_rows);
     tensor->busy = false;
     if (status) {
         tensor_unreference(copy);
@@ -448,7 +463,9 @@ vmm_status vmm_stats(const vmm_tensor *tensor, vmm_tensor_stats *out) {
         return vmm_fail(VMM_ERR_FORKED, "stats", "the tensor belongs to the parent process");
     *out = (vmm_tensor_stats){.reserved_bytes = tensor->range->bytes};
     range_count(tensor->range, &out->mapped_bytes, &out->block_count);
-    out->used_bytes = vmm_length(tensor) * tensor->row_bytes;
+    out->used_bytes = tensor->is_ragged
+                          ? lanes_used_rows(tensor) * (tensor->row_bytes / tensor->n_lengths)
+                          : vmm_length(tensor) * tensor->row_bytes;
     out->slack_bytes = out->mapped_bytes - out->used_bytes;
     for (int call = 0; call < VMM_CALL_COUNT; call++)
         out->driver_calls[call] = __atomic_load_n(&tensor->driver_calls[call], __ATOMIC_RELAXED);
