@@ -498,6 +498,11 @@ VMM_API vmm_status vmm_event_record(vmm_device *device, vmm_stream stream, vmm_e
 VMM_API vmm_status vmm_event_query(vmm_event *event, int *done);
 VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
 
+/* ---- GRAPHS_SECTION
+ */
+VMM_API vmm_status vmm_cursor(vmm_tensor *tensor, vmm_stream stream, int32_t **out);
+VMM_API vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows);
+
 /* ---- 8. Pins: memory others are looking at -----------------------------------
  *
  * A pin says that someone outside reads rows of the tensor: a framework's tensor over
@@ -548,7 +553,12 @@ VMM_API size_t vmm_pinned_rows(const vmm_tensor *tensor);
     X(fence)                  \
     X(stream_synchronize)     \
     X(stream_check)           \
-    X(stream_capture)
+    X(stream_capture)         \
+    X(allocate)               \
+    X(allocate_host)          \
+    X(write)                  \
+    X(read)                   \
+    X(retain)
 /* clang-format on */
 
 typedef enum vmm_call {

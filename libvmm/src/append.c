@@ -2,6 +2,7 @@
 #include <stdlib.h>
 
 #include "copy.h"
+#include "cursor.h"
 #include "error.h"
 #include "process.h"
 #include "tensor.h"
@@ -85,22 +86,25 @@ static vmm_status check_tensors(size_t n_tensors, vmm_tensor *const *tensors) {
 
 /* ---- copying ---------------------------------------------------------------------------- */
 
-static size_t rows_of(const vmm_tensor *tensor, const vmm_array *source) {
+size_t append_rows(const vmm_tensor *tensor, const vmm_array *source) {
     return (size_t)source->shape[tensor->spec.axis];
+}
+
+const int64_t *append_strides(const vmm_tensor *tensor, const vmm_array *source, int64_t *dense) {
+    if (source->strides)
+        return source->strides;
+    int64_t stride = (int64_t)tensor->itemsize;
+    for (int d = tensor->spec.ndim - 1; d >= 0; d--) {
+        dense[d] = stride;
+        stride *= source->shape[d];
+    }
+    return dense;
 }
 
 static void plan_append(copy_plan *plan, const vmm_tensor *tensor, const vmm_array *source) {
     const vmm_spec *spec = &tensor->spec;
     int64_t dense[VMM_MAX_NDIM];
-    const int64_t *strides = source->strides;
-    if (!strides) {
-        int64_t stride = (int64_t)tensor->itemsize;
-        for (int d = spec->ndim - 1; d >= 0; d--) {
-            dense[d] = stride;
-            stride *= source->shape[d];
-        }
-        strides = dense;
-    }
+    const int64_t *strides = append_strides(tensor, source, dense);
     copy_plan_make(plan, tensor->range->base + tensor->length * tensor->lane_row_bytes,
                    tensor->strides, tensor->order, (uintptr_t)source->data, strides, source->shape,
                    spec->ndim, tensor->itemsize);
@@ -112,33 +116,38 @@ typedef struct batch {
     uint64_t *tensor_calls; /* of the first tensor: a launch is counted once */
     vmm_stream stream;
     bool submitted; /* a launch or a copy, whatever came after it */
+    bool captured;  /* the stream is: nothing has been launched, and nothing will be */
     size_t n_jobs, n_jobs_wide;
     vmm_append_args args;
     vmm_append_args_wide args_wide;
 } batch;
 
+static vmm_status launched(batch *batch, vmm_status status) {
+    if (batch->captured)
+        return status;
+    pool_count(batch->pool, batch->tensor_calls, VMM_CALL_launch);
+    batch->submitted |= !status;
+    return status;
+}
+
 static vmm_status launch_narrow(batch *batch) {
     size_t n_jobs = batch->n_jobs;
     batch->n_jobs = 0;
-    if (n_jobs == 0)
+    if (n_jobs == 0 || batch->captured)
         return VMM_OK;
-    vmm_status status =
-        DRIVER(batch->pool, batch->tensor_calls, launch, &batch->args, n_jobs, batch->stream);
-    batch->submitted |= !status;
-    return status;
+    vmm_device *device = batch->pool->device;
+    return launched(batch, device->ops->launch(device->state, &batch->args, n_jobs, batch->stream,
+                                               &batch->captured));
 }
 
 static vmm_status launch_wide(batch *batch) {
     size_t n_jobs = batch->n_jobs_wide;
     batch->n_jobs_wide = 0;
-    if (n_jobs == 0)
+    if (n_jobs == 0 || batch->captured)
         return VMM_OK;
     vmm_device *device = batch->pool->device;
-    pool_count(batch->pool, batch->tensor_calls, VMM_CALL_launch);
-    vmm_status status =
-        device->ops->launch_wide(device->state, &batch->args_wide, n_jobs, batch->stream);
-    batch->submitted |= !status;
-    return status;
+    return launched(batch, device->ops->launch_wide(device->state, &batch->args_wide, n_jobs,
+                                                    batch->stream, &batch->captured));
 }
 
 static vmm_status add_job(batch *batch, const copy_plan *plan) {
@@ -157,20 +166,28 @@ static vmm_status add_job(batch *batch, const copy_plan *plan) {
     return status;
 }
 
-/* Copy every source's rows behind its tensor's length. `submitted`: the device has been given
- * some of it, whatever is returned. */
+/* What has become of an append: the device has been given some of it, whatever is returned; it
+ * has become part of a graph, which alone will append. */
+typedef struct outcome {
+    bool submitted, captured;
+} outcome;
+
+/* Copy every source's rows behind its tensor's length, and move the cursors of those that have
+ * one; or have a graph do it. */
 static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
-                            vmm_stream stream, bool *submitted) {
+                            vmm_stream stream, bool capturable, outcome *outcome) {
     vmm_status status = VMM_OK;
+    bool has_cursor = false;
     batch batch;
     batch.stream = stream;
-    batch.submitted = false;
+    batch.submitted = batch.captured = false;
     batch.n_jobs = batch.n_jobs_wide = 0;
     for (size_t i = 0; i < n_tensors && !status; i++) {
         vmm_tensor *tensor = tensors[i];
         copy_plan plan;
-        if (rows_of(tensor, &sources[i]) == 0)
+        if (append_rows(tensor, &sources[i]) == 0)
             continue;
+        has_cursor |= tensor->cursor != NULL;
         plan_append(&plan, tensor, &sources[i]);
         if (!tensor->pool->device->ops->is_async) {
             pool_count(tensor->pool, tensor->driver_calls, VMM_CALL_copy);
@@ -190,7 +207,15 @@ static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors, const 
         status = launch_narrow(&batch);
     if (!status)
         status = launch_wide(&batch);
-    *submitted = batch.submitted;
+    if (!status && batch.captured)
+        status = capturable ? append_captured(n_tensors, tensors, sources, stream, &batch.submitted)
+                            : vmm_fail(VMM_ERR_CAPTURING, operation,
+                                       "not while the stream is being captured: a graph would "
+                                       "append again at each replay");
+    else if (!status && has_cursor)
+        status = cursor_set(n_tensors, tensors, sources, 0, stream, operation);
+    outcome->submitted = batch.submitted;
+    outcome->captured = batch.captured;
     return status;
 }
 
@@ -198,7 +223,8 @@ static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors, const 
 
 /* Map what is missing, then copy; on failure unmap it again. */
 static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
-                               const vmm_array *sources, vmm_stream stream, bool *submitted) {
+                               const vmm_array *sources, vmm_stream stream, bool capturable,
+                               outcome *outcome) {
     range_change one, *changes = &one;
     if (n_tensors > 1) {
         changes = malloc(n_tensors * sizeof *changes);
@@ -211,7 +237,7 @@ static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
         tensors[i]->busy = true;
     for (; n_mapped < n_tensors && !status; n_mapped++) {
         vmm_tensor *tensor = tensors[n_mapped];
-        size_t needed = tensor->length + rows_of(tensor, &sources[n_mapped]);
+        size_t needed = tensor->length + append_rows(tensor, &sources[n_mapped]);
         changes[n_mapped] = (range_change){0};
         if (needed > tensor->mapped)
             status = tensor_map(tensor, needed, stream, &changes[n_mapped]);
@@ -219,12 +245,12 @@ static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
     if (status)
         n_mapped--; /* tensor_map() has undone its own */
     else
-        status = copy_rows(n_tensors, tensors, sources, stream, submitted);
+        status = copy_rows(n_tensors, tensors, sources, stream, capturable, outcome);
     while (n_mapped-- > 0) {
         if (!status)
             range_commit(&changes[n_mapped]);
         else
-            tensor_unmap(tensors[n_mapped], &changes[n_mapped], *submitted);
+            tensor_unmap(tensors[n_mapped], &changes[n_mapped], outcome->submitted);
     }
     for (size_t i = 0; i < n_tensors; i++)
         tensors[i]->busy = false;
@@ -233,27 +259,41 @@ static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
     return status;
 }
 
+/* Rows that a graph has appended, and the host does not count, would be written over. Inside a
+ * capture nothing is: what is appended there comes behind them. */
+static vmm_status check_graphs(size_t n_tensors, vmm_tensor *const *tensors, vmm_stream stream) {
+    uint64_t capture = 0;
+    vmm_status status = order_capture_of(tensors[0], stream, &capture);
+    return status || capture ? status : cursor_check(n_tensors, tensors, stream, operation);
+}
+
 vmm_status append_checked(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
-                          vmm_stream stream) {
-    bool mapping = false;
-    for (size_t i = 0; i < n_tensors; i++) {
+                          vmm_stream stream, bool capturable) {
+    bool mapping = false, may_differ = false;
+    vmm_status status = VMM_OK;
+    for (size_t i = 0; i < n_tensors && !status; i++) {
         vmm_tensor *tensor = tensors[i];
-        vmm_status status = order_before_write(tensor, stream);
-        if (status)
-            return status;
-        mapping |= rows_of(tensor, &sources[i]) > tensor->mapped - tensor->length;
+        status = order_before_write(tensor, stream);
+        may_differ |= tensor->cursor && tensor->cursor->may_differ;
+        mapping |= append_rows(tensor, &sources[i]) > tensor->mapped - tensor->length;
     }
-    bool submitted = false;
-    vmm_status status = mapping ? map_and_copy(n_tensors, tensors, sources, stream, &submitted)
-                                : copy_rows(n_tensors, tensors, sources, stream, &submitted);
+    if (!status && may_differ)
+        status = check_graphs(n_tensors, tensors, stream);
+    if (status)
+        return status;
+    outcome outcome = {0};
+    status = (mapping ? map_and_copy : copy_rows)(n_tensors, tensors, sources, stream, capturable,
+                                                  &outcome);
     for (size_t i = 0; i < n_tensors; i++) {
-        size_t n_rows = rows_of(tensors[i], &sources[i]);
+        size_t n_rows = append_rows(tensors[i], &sources[i]);
         if (n_rows == 0)
             continue;
-        if (submitted)
+        if (outcome.submitted)
             order_after_write(tensors[i], stream);
-        if (!status)
+        if (!status && !outcome.captured)
             tensor_set_length(tensors[i], tensors[i]->length + n_rows);
+        if (!status && tensors[i]->cursor)
+            cursor_show_growth(tensors[i]);
     }
     return status;
 }
@@ -272,7 +312,7 @@ vmm_status vmm_append_many(size_t n_tensors, vmm_tensor *const *tensors, const v
         status = check_source(tensors[i], &sources[i]);
         if (status)
             return status;
-        size_t n_rows = rows_of(tensors[i], &sources[i]);
+        size_t n_rows = append_rows(tensors[i], &sources[i]);
         any |= n_rows > 0;
         from_host |= n_rows > 0 && sources[i].memory == VMM_MEMORY_HOST;
     }
@@ -292,7 +332,7 @@ vmm_status vmm_append_many(size_t n_tensors, vmm_tensor *const *tensors, const v
         return vmm_fail(VMM_ERR_CAPTURING, operation,
                         "host memory cannot be appended while the stream is being captured: "
                         "copy it to the device before");
-    return append_checked(n_tensors, tensors, sources, stream);
+    return append_checked(n_tensors, tensors, sources, stream, true);
 }
 
 vmm_status vmm_append(vmm_tensor *tensor, const vmm_array *source, vmm_stream stream) {

@@ -9,6 +9,7 @@
  * job is the same for all threads of a block, so no branch on it diverges.
  */
 #include "append.h"
+#include "cursor_job.h"
 #ifdef __HIP__
 #include "append_hip.h"
 #endif
@@ -154,3 +155,5 @@ extern "C" __global__ void __launch_bounds__(VMM_APPEND_BLOCK_THREADS)
     vmm_append_kernel_wide(const vmm_append_args_wide args) {
     copy<VMM_APPEND_DIMS_WIDE, 1>(args.job[blockIdx.y]);
 }
+
+#include "cursor.cuh"

@@ -36,5 +36,7 @@ vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tenso
 bool copy_plan_is_wide(const copy_plan *plan);
 void copy_plan_to_job(const copy_plan *plan, vmm_append_job *out);
 void copy_plan_to_job_wide(const copy_plan *plan, vmm_append_job_wide *out);
+/* The job's copy; what else it has is filled in already. */
+void copy_plan_to_cursor_job(const copy_plan *plan, vmm_cursor_job *out);
 
 #endif /* VMM_COPY_H */

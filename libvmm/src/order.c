@@ -73,6 +73,10 @@ vmm_stream vmm_last_stream(const vmm_tensor *tensor) {
     return tensor->written ? tensor->last_stream : NULL;
 }
 
+vmm_stream order_write_stream(const vmm_tensor *tensor) {
+    return tensor->written ? tensor->last_stream : VMM_STREAM_LEGACY;
+}
+
 static vmm_status wait_for_last_write(vmm_tensor *tensor, vmm_stream stream) {
     if (!tensor->written || tensor->last_stream == stream)
         return VMM_OK;

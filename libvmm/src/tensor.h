@@ -2,6 +2,7 @@
  *
  * tensor.c   what a tensor is, mapping and growing it, giving it up
  * append.c   copying rows in
+ * cursor.h   the lengths where the device reads them, and graphs that append
  * order.c    which stream waits for which
  * pin.c      who still looks at it
  * find.c     which one it is, by its address
@@ -35,6 +36,7 @@ struct vmm_tensor {
     /* Written by the one writer, read by anyone. */
     size_t length;
     size_t mapped;
+    struct tensor_cursor *cursor; /* cursor.h; NULL for most */
     bool busy; /* a growth is under way: an out-of-memory callback may call back in */
 
     /* order.c */
@@ -71,12 +73,21 @@ void tensor_unmap(vmm_tensor *tensor, range_change *change, bool touched);
 void tensor_set_length(vmm_tensor *tensor, size_t n_rows);
 vmm_status tensor_fail_capacity(const vmm_tensor *tensor, const char *operation, size_t n_rows);
 
-/* Append what has been checked already; see vmm_append_many(). */
+/* How many parts grow on their own: one for each index of dimension 0 where that makes lanes. */
+size_t tensor_entry_count(const vmm_tensor *tensor);
+
+/* Append what has been checked already; see vmm_append_many(). Without `capturable` it is an
+ * error if the stream is being captured. */
 vmm_status append_checked(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
-                          vmm_stream stream);
+                          vmm_stream stream, bool capturable);
+/* The rows of a source, and its strides, which are put into `dense` where it has none. */
+size_t append_rows(const vmm_tensor *tensor, const vmm_array *source);
+const int64_t *append_strides(const vmm_tensor *tensor, const vmm_array *source, int64_t *dense);
 
 /* order.c: NULL is the legacy stream; a stream of another device is refused. */
 vmm_status order_check_stream(vmm_tensor *tensor, vmm_stream *stream, const char *operation);
+/* Where a write goes that no one names a stream for: that of the last one. */
+vmm_stream order_write_stream(const vmm_tensor *tensor);
 /* Make `stream` wait for what the next write must come after. */
 vmm_status order_before_write(vmm_tensor *tensor, vmm_stream stream);
 /* The tensor has been written on `stream`: also when only a part of the work was submitted

@@ -23,8 +23,9 @@ typedef struct sim_function {
 } sim_function;
 
 static sim_handles modules, functions;
-static const sim_kernel *kernels[MAX_KERNELS] = {&sim_append_kernel, &sim_append_kernel_wide};
-static size_t n_kernels = 2;
+static const sim_kernel *kernels[MAX_KERNELS] = {&sim_append_kernel, &sim_append_kernel_wide,
+                                                   &sim_append_kernel_cursor, &sim_cursor_kernel};
+static size_t n_kernels = 4;
 
 int sim_register_kernel(const sim_kernel *kernel) {
     pthread_mutex_lock(&sim.lock);
