@@ -382,6 +382,9 @@ VMM_API void **vmm_user(vmm_tensor *tensor);
  *
  * One writer at a time for each tensor (see 10.).
  */
+/* How many lengths a tensor has: the size of dimension 0, or 1. Never changes. */
+VMM_API size_t vmm_length_count(const vmm_tensor *tensor);
+
 /* vmm_map() - back the first `n_rows` rows with memory, as far as they are not yet.
  * The length does not change. Rows mapped by request stay until vmm_trim().
  *   n_rows   0 .. capacity
@@ -502,6 +505,8 @@ VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
  */
 VMM_API vmm_status vmm_cursor(vmm_tensor *tensor, vmm_stream stream, int32_t **out);
 VMM_API vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows);
+VMM_API int vmm_has_cursor(const vmm_tensor *tensor);
+VMM_API vmm_status vmm_stream_is_capturing(vmm_device *device, vmm_stream stream, int *out);
 
 /* ---- 8. Pins: memory others are looking at -----------------------------------
  *

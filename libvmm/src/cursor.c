@@ -42,7 +42,7 @@ vmm_status cursor_make(vmm_tensor *tensor) {
                         "a capacity of %zu rows does not fit the 32 bits of a cursor: reserve at "
                         "most %d rows",
                         tensor->spec.capacity, INT32_MAX);
-    size_t n = tensor_entry_count(tensor);
+    size_t n = vmm_length_count(tensor);
     if (n > VMM_CURSOR_MAX_ENTRIES)
         return vmm_fail(VMM_ERR_UNSUPPORTED, "cursor",
                         "a cursor of %zu entries: at most %d are possible", n,
@@ -243,6 +243,10 @@ vmm_status vmm_cursor(vmm_tensor *tensor, vmm_stream stream, int32_t **out) {
     if (!status)
         *out = tensor->cursor->values;
     return status;
+}
+
+int vmm_has_cursor(const vmm_tensor *tensor) {
+    return tensor->cursor != NULL;
 }
 
 vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows) {

@@ -58,7 +58,7 @@ static bool is_lane_dimension(const vmm_spec *spec, int d) {
     }
 }
 
-size_t tensor_entry_count(const vmm_tensor *tensor) {
+size_t vmm_length_count(const vmm_tensor *tensor) {
     return is_lane_dimension(&tensor->spec, 0) ? (size_t)tensor->row_shape[0] : 1;
 }
 

@@ -73,9 +73,6 @@ void tensor_unmap(vmm_tensor *tensor, range_change *change, bool touched);
 void tensor_set_length(vmm_tensor *tensor, size_t n_rows);
 vmm_status tensor_fail_capacity(const vmm_tensor *tensor, const char *operation, size_t n_rows);
 
-/* How many parts grow on their own: one for each index of dimension 0 where that makes lanes. */
-size_t tensor_entry_count(const vmm_tensor *tensor);
-
 /* Append what has been checked already; see vmm_append_many(). Without `capturable` it is an
  * error if the stream is being captured. */
 vmm_status append_checked(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
