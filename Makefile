@@ -48,7 +48,7 @@ SWEEP := $(BUILD)/tests/sweep
 C_BENCHES := $(patsubst benchmarks/%.c,$(BUILD)/benchmarks/%,$(wildcard benchmarks/bench_*.c))
 SIM_SOURCES := $(filter-out %/entry.c %/hip_entry.c,$(wildcard tests/sim/*.c))
 SIM := $(if $(SIM_SOURCES),$(BUILD)/sim/libcuda.so.1 $(BUILD)/sim/libamdhip64.so)
-C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu tests/*/*.[ch] benchmarks/*.[ch] \
+C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu libvmm/src/*.cuh tests/*/*.[ch] benchmarks/*.[ch] \
             benchmarks/*.cc pyvmm/*/*.cc)
 PYX_FILES = $(wildcard pyvmm/*.pyx pyvmm/*.pxd)
 
@@ -114,13 +114,14 @@ check-venv: check-python check-cxx
 	$(call need,$(PYTHON) -c 'import venv; import ensurepip',the venv module of $(PYTHON))
 
 # ---- the library ------------------------------------------------------------------
-# The embedded kernels. nvcc sees append.cu and nothing else; without nvcc the image is an
+# The embedded kernels. nvcc sees append.cu and what it includes; without nvcc the image is an
 # empty file. Native code for each architecture that this nvcc knows, and PTX for the rest.
 $(BUILD)/nvcc: FORCE
 	@mkdir -p $(BUILD); echo '$(NVCC)' | cmp -s - $@ || echo '$(NVCC)' > $@
 
 ARCHS := 80 90 100 120
-$(BUILD)/append.fatbin: libvmm/src/append.cu libvmm/src/append.h $(BUILD)/nvcc
+KERNELS := libvmm/src/append.cu libvmm/src/cursor.cuh libvmm/src/append.h libvmm/src/cursor_job.h
+$(BUILD)/append.fatbin: $(KERNELS) $(BUILD)/nvcc
 	@if [ -z '$(NVCC)' ]; then \
 	  echo 'no nvcc: the library carries the checked-in PTX alone, which the driver compiles'; \
 	  : > $@; \
@@ -141,7 +142,7 @@ $(BUILD)/append.fatbin: libvmm/src/append.cu libvmm/src/append.h $(BUILD)/nvcc
 $(BUILD)/hipcc: FORCE
 	@mkdir -p $(BUILD); echo '$(HIPCC) $(HIP_ARCHS)' | cmp -s - $@ || echo '$(HIPCC) $(HIP_ARCHS)' > $@
 
-$(BUILD)/append.hipfb: libvmm/src/append.cu libvmm/src/append.h libvmm/src/append_hip.h $(BUILD)/hipcc
+$(BUILD)/append.hipfb: $(KERNELS) libvmm/src/append_hip.h $(BUILD)/hipcc
 	@if [ -z '$(HIPCC)' ]; then \
 	  echo 'no HIP compiler (hipcc, or clang 17 and lld): the library has no kernels for AMD GPUs'; \
 	  : > $@; \
@@ -155,7 +156,7 @@ $(BUILD)/append.hipfb: libvmm/src/append.cu libvmm/src/append.h libvmm/src/appen
 # PTX version that has that architecture, so that CUDA 12 drivers and older take it. That
 # lowering is sound because append.cu uses nothing newer; tests/python/test_ptx.py checks
 # that the file is what this makes, and that ptxas takes it.
-$(BUILD)/append.ptx: libvmm/src/append.cu libvmm/src/append.h $(BUILD)/nvcc
+$(BUILD)/append.ptx: $(KERNELS) $(BUILD)/nvcc
 	@[ -n '$(NVCC)' ] || { echo 'nvcc not found' >&2; exit 1; }
 	'$(NVCC)' -ptx -arch=compute_75 -o $@.full $<
 	sed -e '/^\/\//d' -e '/^$$/d' -e 's/^\.version .*/.version 6.3/' $@.full > $@
@@ -245,7 +246,7 @@ $(SWEEP): $(wildcard tests/sweep/*.[ch]) tests/c/check.h $(BUILD)/libvmm.so
 $(BUILD)/sim/libcuda.so.1: tests/sim/entry.c
 $(BUILD)/sim/libamdhip64.so: tests/sim/hip_entry.c tests/sim/hip.map libvmm/src/hip_abi.h
 $(BUILD)/sim/libamdhip64.so: SIM_LINK = -Wl,--version-script=tests/sim/hip.map
-$(SIM): $(SIM_SOURCES) $(wildcard tests/sim/*.h) libvmm/src/append.h
+$(SIM): $(SIM_SOURCES) $(wildcard tests/sim/*.h) libvmm/src/append.h libvmm/src/cursor_job.h
 	@mkdir -p $(@D)
 	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -fvisibility=default -shared \
 	  -Wl,-soname,$(@F),-z,defs $(SIM_LINK) -o $@ $(filter %.c,$^) -pthread -ldl

@@ -15,6 +15,7 @@ import os
 
 from pyvmm._append import append_many
 from pyvmm._concat import concat, concat_stats
+from pyvmm._cursor import Cursor
 from pyvmm._device import device_info, devices, library_version
 from pyvmm._error import CapacityError, OutOfMemoryError, VMMError
 from pyvmm._pool import Pool, default_pool
@@ -25,6 +26,7 @@ __version__ = library_version()
 
 __all__ = [
     "CapacityError",
+    "Cursor",
     "OutOfMemoryError",
     "Pool",
     "VMMError",

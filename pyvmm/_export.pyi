@@ -5,8 +5,8 @@ from typing_extensions import CapsuleType
 
 from pyvmm._stream import _Stream
 
-# What VTensor and View have in common.
-class _Rows(Protocol):
+# What VTensor, View and Cursor have in common.
+class _Shared(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
@@ -15,8 +15,6 @@ class _Rows(Protocol):
     def dtype(self) -> numpy.dtype[Any]: ...
     @property
     def ndim(self) -> int: ...
-    @property
-    def axis(self) -> int: ...
     @property
     def device(self) -> str: ...
     @property
@@ -42,3 +40,8 @@ class _Rows(Protocol):
     ) -> numpy.ndarray[Any, numpy.dtype[Any]]: ...
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+# And the first two.
+class _Rows(_Shared, Protocol):
+    @property
+    def axis(self) -> int: ...

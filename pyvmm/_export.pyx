@@ -21,11 +21,10 @@ from pyvmm._stream cimport number_of, stream_of
 cdef str _DLPACK_ADVICE = "import it by DLPack, as torch.from_dlpack() or cupy.from_dlpack() do"
 
 
-cdef object to_dlpack(TensorCore tensor, Py_ssize_t start, Py_ssize_t stop, Py_ssize_t n_pinned,
-                      object stream, object max_version, object dl_device, object copy):
+cdef vmm_stream consumer_of(TensorCore tensor, object stream, object dl_device,
+                            object copy) except? NULL:
+    """The stream that a consumer of DLPack names, for the arguments that it gave."""
     cdef vmm_stream consumer = VMM_STREAM_NONE
-    cdef Region region
-    cdef vmm_pin *pin
     if dl_device is not None and tuple(dl_device) != dlpack_device(tensor):
         raise BufferError(f"this memory is on {tensor.pool_.device_name} and is exported there "
                           "only: import it, then copy it to the other device")
@@ -44,6 +43,14 @@ cdef object to_dlpack(TensorCore tensor, Py_ssize_t start, Py_ssize_t stop, Py_s
                          "per-thread one, -1 asks for no synchronization")
     elif stream != -1:
         stream_of(stream, &consumer)
+    return consumer
+
+
+cdef object to_dlpack(TensorCore tensor, Py_ssize_t start, Py_ssize_t stop, Py_ssize_t n_pinned,
+                      object stream, object max_version, object dl_device, object copy):
+    cdef vmm_stream consumer = consumer_of(tensor, stream, dl_device, copy)
+    cdef Region region
+    cdef vmm_pin *pin
     versioned = max_version is not None and max_version[0] >= 1
 
     tensor.region_of(start, stop, &region)

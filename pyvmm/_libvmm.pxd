@@ -1,6 +1,6 @@
 """Declarations of vmm.h, nothing else. The header is the manual."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
 
 
 cdef extern from "vmm.h" nogil:
@@ -139,6 +139,7 @@ cdef extern from "vmm.h" nogil:
     void **vmm_user(vmm_tensor *tensor)
 
     # ---- growing, appending, shrinking
+    size_t vmm_length_count(const vmm_tensor *tensor)
     vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows)
     vmm_status vmm_grow(vmm_tensor *tensor, size_t n_rows, void **out)
 
@@ -178,6 +179,12 @@ cdef extern from "vmm.h" nogil:
     vmm_status vmm_event_record(vmm_device *device, vmm_stream stream, vmm_event **out)
     vmm_status vmm_event_query(vmm_event *event, int *done)
     void vmm_event_close(vmm_event *event)
+
+    # ---- graphs
+    vmm_status vmm_cursor(vmm_tensor *tensor, vmm_stream stream, int32_t **out)
+    vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows)
+    int vmm_has_cursor(const vmm_tensor *tensor)
+    vmm_status vmm_stream_is_capturing(vmm_device *device, vmm_stream stream, int *out)
 
     # ---- pins
     ctypedef struct vmm_pin:

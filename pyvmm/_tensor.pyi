@@ -5,6 +5,7 @@ from typing import Literal, SupportsIndex, TypedDict, final, overload
 from typing_extensions import Self
 
 from pyvmm._core import TensorCore
+from pyvmm._cursor import Cursor
 from pyvmm._export import _Rows
 from pyvmm._pool import Pool
 from pyvmm._source import _Array
@@ -62,6 +63,9 @@ class VTensor(TensorCore, _Rows):
         counts: Iterable[SupportsIndex] | None = None,
     ) -> None: ...
     def grow(self, n: SupportsIndex) -> View: ...
+    def advance(self, n: SupportsIndex = 1) -> None: ...
+    @property
+    def cursor(self) -> Cursor: ...
     def map(self, n: SupportsIndex) -> None: ...
     @overload
     def truncate(

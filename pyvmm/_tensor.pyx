@@ -11,7 +11,8 @@ from libc.stdint cimport int64_t
 
 from pyvmm._append cimport append_one, append_to_lanes
 from pyvmm._buffer cimport release_buffer
-from pyvmm._core cimport TensorCore, no_copies
+from pyvmm._core cimport Link, TensorCore, no_copies
+from pyvmm._cursor cimport cursor_of
 from pyvmm._device cimport canonical_name
 from pyvmm._dlpack cimport DL_CPU
 from pyvmm._error cimport check, check_after_callbacks, raise_status
@@ -25,10 +26,12 @@ from pyvmm._libvmm cimport (
     VMM_MAX_NDIM,
     VMM_OK,
     VMM_STREAM_NONE,
+    vmm_advance,
     vmm_close,
     vmm_dtype,
     vmm_fork,
     vmm_grow,
+    vmm_has_cursor,
     vmm_is_ragged,
     vmm_layout,
     vmm_length,
@@ -388,6 +391,7 @@ cdef class VTensor(TensorCore):
             handle != NULL
             and self.owner_of_all[0] == 0
             and not self.zero
+            and not vmm_has_cursor(handle)
             and n_rows <= <Py_ssize_t>(vmm_mapped(handle) - vmm_length(handle))
         ):
             # Neither the driver nor a lock has a part in it: the GIL stays.
@@ -401,6 +405,29 @@ cdef class VTensor(TensorCore):
         self.leave()
         check_after_callbacks(status)
         return view_of(self, start, start + n_rows)
+
+    def advance(self, n=1):
+        """Follow a replayed graph that has appended n rows: the length becomes n more.
+
+        A captured append counts nothing. Each replay of the graph appends at t.cursor, as far
+        as t.mapped: map(t.length + n) before it, replay, advance(n). No driver call, and no
+        wait: the rows are there once the replay has run.
+        Raises ValueError (negative, no graph that appends has been captured), CapacityError when
+        the replay cannot have appended, since it came to the end of what was mapped (nothing was
+        written: map(), and replay again); then the tensor is as before."""
+        cdef Py_ssize_t n_rows = _rows(n, "n")
+        self.live("advance")
+        if self.owner_of_all[0] != 0:
+            self.enter("advance")  # raises, or waits for another thread
+            self.leave()
+        check(vmm_advance(self.handle, n_rows))
+
+    @property
+    def cursor(self):
+        """The length, or t.lengths, in memory of the tensor's device: an int32 array, made at the
+        first use, for kernels to read. See Cursor."""
+        self.live("cursor")
+        return cursor_of(self)
 
     def map(self, n):
         """Back the first n rows with memory, as far as they are not yet. The length does not

@@ -543,6 +543,13 @@ VMM_API vmm_status vmm_event_record(vmm_device *device, vmm_stream stream, vmm_e
 VMM_API vmm_status vmm_event_query(vmm_event *event, int *done);
 VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
 
+/* ---- GRAPHS_SECTION
+ */
+VMM_API vmm_status vmm_cursor(vmm_tensor *tensor, vmm_stream stream, int32_t **out);
+VMM_API vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows);
+VMM_API int vmm_has_cursor(const vmm_tensor *tensor);
+VMM_API vmm_status vmm_stream_is_capturing(vmm_device *device, vmm_stream stream, int *out);
+
 /* ---- 8. Pins: memory others are looking at -----------------------------------
  *
  * A pin says that someone outside reads rows of the tensor: a framework's tensor over
@@ -593,7 +600,12 @@ VMM_API size_t vmm_pinned_rows(const vmm_tensor *tensor);
     X(fence)                  \
     X(stream_synchronize)     \
     X(stream_check)           \
-    X(stream_capture)
+    X(stream_capture)         \
+    X(allocate)               \
+    X(allocate_host)          \
+    X(write)                  \
+    X(read)                   \
+    X(retain)
 /* clang-format on */
 
 typedef enum vmm_call {

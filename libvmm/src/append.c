@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "copy.h"
+#include "cursor.h"
 #include "error.h"
 #include "process.h"
 #include "tensor.h"
@@ -34,14 +35,14 @@ static bool by_lane(const vmm_tensor *tensor, const lane_list *list) {
     return list || tensor->is_ragged;
 }
 
-static size_t rows_of(const vmm_tensor *tensor, const vmm_array *source) {
+size_t append_rows(const vmm_tensor *tensor, const vmm_array *source) {
     return (size_t)source->shape[tensor->spec.axis];
 }
 
 /* The length that the tensor needs; 0 where nothing is appended. */
 static size_t rows_needed(const vmm_tensor *tensor, const vmm_array *source,
                           const lane_list *list) {
-    size_t n_rows = rows_of(tensor, source), needed = 0;
+    size_t n_rows = append_rows(tensor, source), needed = 0;
     if (!by_lane(tensor, list))
         return n_rows ? tensor->length + n_rows : 0;
     for (size_t i = 0, n = list ? list->n : tensor->n_lengths; i < n; i++) {
@@ -54,7 +55,7 @@ static size_t rows_needed(const vmm_tensor *tensor, const vmm_array *source,
 
 static vmm_status check_lanes(const vmm_tensor *tensor, const vmm_array *source,
                               const lane_list *list) {
-    size_t n_rows = rows_of(tensor, source);
+    size_t n_rows = append_rows(tensor, source);
     for (size_t i = 0, n = list ? list->n : tensor->n_lengths; i < n; i++) {
         size_t count = lane_count(list, i, n_rows), lane = lane_at(list, i);
         if (count > n_rows)
@@ -113,8 +114,8 @@ static vmm_status check_source(const vmm_tensor *tensor, const vmm_array *source
         vmm_status status = check_lanes(tensor, source, list);
         if (status)
             return status;
-    } else if (rows_of(tensor, source) > spec->capacity - tensor->length)
-        return tensor_fail_capacity(tensor, operation, rows_of(tensor, source));
+    } else if (append_rows(tensor, source) > spec->capacity - tensor->length)
+        return tensor_fail_capacity(tensor, operation, append_rows(tensor, source));
     return check_memory(tensor, source);
 }
 
@@ -164,7 +165,8 @@ static void plan_lane(copy_plan *plan, const vmm_tensor *tensor, const vmm_array
 }
 
 /* `source` with strides: `strides` is room for them. */
-static vmm_array with_strides(const vmm_tensor *tensor, const vmm_array *source, int64_t *strides) {
+vmm_array append_with_strides(const vmm_tensor *tensor, const vmm_array *source,
+                              int64_t *strides) {
     vmm_array array = *source;
     if (array.strides)
         return array;
@@ -183,6 +185,7 @@ typedef struct batch {
     uint64_t *tensor_calls; /* of the first tensor: a launch is counted once */
     vmm_stream stream;
     bool submitted;     /* a launch or a copy, whatever came after it */
+    bool captured;      /* the stream is: nothing has been launched, and nothing will be */
     vmm_tensor *unread; /* to which host memory is being copied: it may still be read */
     bool is_large;      /* more jobs than fit one launch of the narrow kernel */
     size_t n_jobs, n_jobs_wide, n_pieces;
@@ -191,41 +194,38 @@ typedef struct batch {
     vmm_append_args_pieces args_pieces;
 } batch;
 
+static vmm_status launched(batch *batch, vmm_status status) {
+    if (batch->captured)
+        return status;
+    pool_count(batch->pool, batch->tensor_calls, VMM_CALL_launch);
+    batch->submitted |= !status;
+    return status;
+}
+
+#define LAUNCH(batch, verb, args, n)                                                               \
+    launched((batch),                                                                              \
+             (batch)->pool->device->ops->verb((batch)->pool->device->state, (args), (n),           \
+                                              (batch)->stream, &(batch)->captured))
+
 static vmm_status launch_narrow(batch *batch) {
     size_t n_jobs = batch->n_jobs;
     batch->n_jobs = 0;
-    if (n_jobs == 0)
-        return VMM_OK;
-    vmm_status status =
-        DRIVER(batch->pool, batch->tensor_calls, launch, &batch->args, n_jobs, batch->stream);
-    batch->submitted |= !status;
-    return status;
+    return n_jobs && !batch->captured ? LAUNCH(batch, launch, &batch->args, n_jobs) : VMM_OK;
 }
 
 static vmm_status launch_wide(batch *batch) {
     size_t n_jobs = batch->n_jobs_wide;
     batch->n_jobs_wide = 0;
-    if (n_jobs == 0)
-        return VMM_OK;
-    vmm_device *device = batch->pool->device;
-    pool_count(batch->pool, batch->tensor_calls, VMM_CALL_launch);
-    vmm_status status =
-        device->ops->launch_wide(device->state, &batch->args_wide, n_jobs, batch->stream);
-    batch->submitted |= !status;
-    return status;
+    return n_jobs && !batch->captured ? LAUNCH(batch, launch_wide, &batch->args_wide, n_jobs)
+                                      : VMM_OK;
 }
 
 static vmm_status launch_pieces(batch *batch) {
     size_t n_pieces = batch->n_pieces;
     batch->n_pieces = 0;
-    if (n_pieces == 0)
-        return VMM_OK;
-    vmm_device *device = batch->pool->device;
-    pool_count(batch->pool, batch->tensor_calls, VMM_CALL_launch);
-    vmm_status status =
-        device->ops->launch_pieces(device->state, &batch->args_pieces, n_pieces, batch->stream);
-    batch->submitted |= !status;
-    return status;
+    return n_pieces && !batch->captured
+               ? LAUNCH(batch, launch_pieces, &batch->args_pieces, n_pieces)
+               : VMM_OK;
 }
 
 static vmm_status add_job(batch *batch, const copy_plan *plan) {
@@ -272,7 +272,7 @@ static vmm_status copy_one(batch *batch, vmm_tensor *tensor, const copy_plan *pl
 static vmm_status copy_lanes(batch *batch, vmm_tensor *tensor, const vmm_array *source,
                              const lane_list *list) {
     vmm_status status = VMM_OK;
-    size_t n_rows = rows_of(tensor, source);
+    size_t n_rows = append_rows(tensor, source);
     for (size_t i = 0, n = list ? list->n : tensor->n_lengths; i < n && !status; i++) {
         size_t count = lane_count(list, i, n_rows);
         copy_plan plan;
@@ -291,23 +291,39 @@ static size_t count_jobs(size_t n_tensors, vmm_tensor *const *tensors, const lan
     return n;
 }
 
-/* Copy every source's rows behind its tensor's length. `submitted`: the device has been given
- * some of it, whatever is returned. */
+/* Behind a copy: the cursors of the tensors that have one move on. */
+static vmm_status move_cursors(size_t n_tensors, vmm_tensor *const *tensors,
+                               const vmm_array *sources, const lane_list *list, vmm_stream stream) {
+    for (size_t i = 0; i < n_tensors; i++)
+        if (tensors[i]->cursor && rows_needed(tensors[i], &sources[i], list) > 0)
+            cursor_extend_next(tensors[i], list, append_rows(tensors[i], &sources[i]));
+    return cursor_set(n_tensors, tensors, stream, operation);
+}
+
+/* What becomes of an append: the device has been given some of it, whatever is returned; it
+ * may become part of a graph, has become one, which alone will append. */
+typedef struct outcome {
+    bool submitted, capturable, captured;
+} outcome;
+
+/* Copy every source's rows behind its tensor's length, or have a graph do it. */
 static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
-                            const lane_list *list, vmm_stream stream, bool *submitted) {
+                            const lane_list *list, vmm_stream stream, outcome *outcome) {
     vmm_status status = VMM_OK;
+    bool has_cursor = false;
     batch batch;
     batch.stream = stream;
-    batch.submitted = false;
+    batch.submitted = batch.captured = false;
     batch.unread = NULL;
     batch.n_jobs = batch.n_jobs_wide = batch.n_pieces = 0;
     batch.is_large = count_jobs(n_tensors, tensors, list) > VMM_APPEND_JOBS;
     for (size_t i = 0; i < n_tensors && !status; i++) {
         vmm_tensor *tensor = tensors[i];
-        if (rows_of(tensor, &sources[i]) == 0)
+        if (append_rows(tensor, &sources[i]) == 0)
             continue;
+        has_cursor |= tensor->cursor != NULL;
         int64_t strides[VMM_MAX_NDIM];
-        vmm_array source = with_strides(tensor, &sources[i], strides);
+        vmm_array source = append_with_strides(tensor, &sources[i], strides);
         if (by_lane(tensor, list)) {
             status = copy_lanes(&batch, tensor, &source, list);
         } else {
@@ -324,7 +340,18 @@ static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors, const 
         status = launch_pieces(&batch);
     if (batch.unread)
         status = copy_wait_read(batch.unread->pool, batch.unread->driver_calls, stream, status);
-    *submitted = batch.submitted;
+    if (!status && batch.captured)
+        status = outcome->capturable && !list
+                     ? append_captured(n_tensors, tensors, sources, stream, &batch.submitted)
+                     : vmm_fail(VMM_ERR_CAPTURING, operation,
+                                "%s: a graph would do the same again at each replay",
+                                list ? "rows cannot go to named lanes while the stream is being "
+                                       "captured"
+                                     : "not while the stream is being captured");
+    else if (!status && has_cursor)
+        status = move_cursors(n_tensors, tensors, sources, list, stream);
+    outcome->submitted = batch.submitted;
+    outcome->captured = batch.captured;
     return status;
 }
 
@@ -333,7 +360,7 @@ static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors, const 
 /* Map what is missing, then copy; on failure unmap it again. */
 static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
                                const vmm_array *sources, const lane_list *list, vmm_stream stream,
-                               bool *submitted) {
+                               outcome *outcome) {
     range_change one, *changes = &one;
     if (n_tensors > 1) {
         changes = malloc(n_tensors * sizeof *changes);
@@ -354,12 +381,12 @@ static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
     if (status)
         n_mapped--; /* tensor_map() has undone its own */
     else
-        status = copy_rows(n_tensors, tensors, sources, list, stream, submitted);
+        status = copy_rows(n_tensors, tensors, sources, list, stream, outcome);
     while (n_mapped-- > 0) {
         if (!status)
             range_commit(&changes[n_mapped]);
         else
-            tensor_unmap(tensors[n_mapped], &changes[n_mapped], *submitted);
+            tensor_unmap(tensors[n_mapped], &changes[n_mapped], outcome->submitted);
     }
     for (size_t i = 0; i < n_tensors; i++)
         tensors[i]->busy = false;
@@ -368,30 +395,47 @@ static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
     return status;
 }
 
+/* Rows that a graph has appended, and the host does not count, would be written over. Inside a
+ * capture nothing is: what is appended there comes behind them. */
+static vmm_status check_graphs(size_t n_tensors, vmm_tensor *const *tensors, vmm_stream stream) {
+    uint64_t capture = 0;
+    vmm_status status = order_capture_of(tensors[0], stream, &capture);
+    return status || capture ? status : cursor_check(n_tensors, tensors, stream, operation);
+}
+
 vmm_status append_checked(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
-                          const lane_list *list, vmm_stream stream) {
-    bool mapping = false;
-    for (size_t i = 0; i < n_tensors; i++) {
+                          const lane_list *list, vmm_stream stream, bool capturable) {
+    bool mapping = false, may_differ = false;
+    vmm_status status = VMM_OK;
+    for (size_t i = 0; i < n_tensors && !status; i++) {
         vmm_tensor *tensor = tensors[i];
-        vmm_status status = order_before_write(tensor, stream);
-        if (status)
-            return status;
+        status = order_before_write(tensor, stream);
+        may_differ |= tensor->cursor && tensor->cursor->may_differ;
         mapping |= rows_needed(tensor, &sources[i], list) > tensor->mapped;
     }
-    bool submitted = false;
-    vmm_status status = mapping
-                            ? map_and_copy(n_tensors, tensors, sources, list, stream, &submitted)
-                            : copy_rows(n_tensors, tensors, sources, list, stream, &submitted);
+    if (!status && may_differ)
+        status = check_graphs(n_tensors, tensors, stream);
+    if (status)
+        return status;
+    outcome outcome = {.capturable = capturable};
+    status = (mapping ? map_and_copy : copy_rows)(n_tensors, tensors, sources, list, stream,
+                                                  &outcome);
     for (size_t i = 0; i < n_tensors; i++) {
         size_t needed = rows_needed(tensors[i], &sources[i], list);
         if (needed == 0)
             continue;
-        if (submitted)
+        if (outcome.submitted)
             order_after_write(tensors[i], stream);
-        if (!status && by_lane(tensors[i], list))
-            lanes_extend(tensors[i], list, rows_of(tensors[i], &sources[i]));
-        else if (!status)
+        if (status)
+            continue;
+        if (outcome.captured)
+            ; /* the graph counts */
+        else if (by_lane(tensors[i], list))
+            lanes_extend(tensors[i], list, append_rows(tensors[i], &sources[i]));
+        else
             tensor_set_length(tensors[i], needed);
+        if (tensors[i]->cursor)
+            cursor_show_growth(tensors[i]);
     }
     return status;
 }
@@ -433,7 +477,7 @@ static vmm_status append(size_t n_tensors, vmm_tensor *const *tensors, const vmm
         return vmm_fail(VMM_ERR_CAPTURING, operation,
                         "host memory cannot be appended while the stream is being captured: "
                         "copy it to the device before");
-    return append_checked(n_tensors, tensors, sources, list, stream);
+    return append_checked(n_tensors, tensors, sources, list, stream, true);
 }
 
 vmm_status vmm_append_many(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,

@@ -9,6 +9,7 @@
  * job is the same for all threads of a block, so no branch on it diverges.
  */
 #include "append.h"
+#include "cursor_job.h"
 #ifdef __HIP__
 #include "append_hip.h"
 #endif
@@ -189,3 +190,5 @@ extern "C" __global__ void __launch_bounds__(VMM_APPEND_BLOCK_THREADS)
     else
         copy_piece<2>(args, piece);
 }
+
+#include "cursor.cuh"

@@ -12,6 +12,7 @@
 #define __global__ __attribute__((global))
 #define __device__ __attribute__((device))
 #define __forceinline__ inline __attribute__((always_inline))
+#define __shared__ __attribute__((shared))
 #define __launch_bounds__(threads) __attribute__((amdgpu_flat_work_group_size(threads, threads)))
 
 typedef uint32_t uint2 __attribute__((ext_vector_type(2)));
@@ -46,5 +47,17 @@ struct vmm_grid_size {
 static const __device__ vmm_block_index blockIdx;
 static const __device__ vmm_thread_index threadIdx;
 static const __device__ vmm_grid_size gridDim;
+
+/* All threads of a block meet, and see what the others wrote before. */
+static __device__ inline void __syncthreads() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+    __builtin_amdgcn_s_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+
+static __device__ inline unsigned long long atomicAdd(unsigned long long *at,
+                                                      unsigned long long n) {
+    return __hip_atomic_fetch_add(at, n, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
 
 #endif /* VMM_APPEND_HIP_H */

@@ -155,20 +155,20 @@ bool copy_plan_is_wide(const copy_plan *plan) {
     return plan->n_outer > VMM_APPEND_DIMS;
 }
 
-/* The largest access that divides everything. */
-static uint32_t unit_bytes(const copy_plan *plan) {
-    uint64_t all = plan->dst | plan->src | plan->run_bytes | 16;
+/* The largest access that divides everything, and `also`. */
+static uint32_t unit_bytes(const copy_plan *plan, uint64_t also) {
+    uint64_t all = plan->dst | plan->src | plan->run_bytes | also | 16;
     for (int i = 0; i < plan->n_outer; i++)
         all |= (uint64_t)plan->dst_stride[i] | (uint64_t)plan->src_stride[i];
     return (uint32_t)(all & -all);
 }
 
 /* The two forms differ in the length of their arrays only. */
-#define FILL_JOB(plan, job)                                                                        \
+#define FILL_JOB(plan, job, also)                                                                        \
     do {                                                                                           \
         (job)->dst = (plan)->dst;                                                                  \
         (job)->src = (plan)->src;                                                                  \
-        (job)->unit_bytes = unit_bytes(plan);                                                      \
+        (job)->unit_bytes = unit_bytes(plan, also);                                                   \
         (job)->run_units = (plan)->run_bytes / (job)->unit_bytes;                                  \
         (job)->n_units = (job)->run_units;                                                         \
         (job)->n_outer = (uint32_t)(plan)->n_outer;                                                \
@@ -181,11 +181,16 @@ static uint32_t unit_bytes(const copy_plan *plan) {
     } while (0)
 
 void copy_plan_to_job(const copy_plan *plan, vmm_append_job *out) {
-    FILL_JOB(plan, out);
+    FILL_JOB(plan, out, 0);
 }
 
 void copy_plan_to_job_wide(const copy_plan *plan, vmm_append_job_wide *out) {
-    FILL_JOB(plan, out);
+    FILL_JOB(plan, out, 0);
+}
+
+void copy_plan_to_cursor_job(const copy_plan *plan, vmm_cursor_job *out) {
+    uint64_t steps = out->row_bytes | (uint64_t)out->dst_entry_stride | (uint64_t)out->src_entry_stride;
+    FILL_JOB(plan, &out->copy, steps);
 }
 
 #define MAX_RUNS 65535 /* of a grid in its third direction */
@@ -195,7 +200,7 @@ bool copy_plan_to_piece(const copy_plan *plan, vmm_append_args_pieces *args, siz
     uint64_t n_runs = is_dense ? 1 : plan->count[0];
     int64_t dst_stride = is_dense ? 0 : plan->dst_stride[0];
     int64_t src_stride = is_dense ? 0 : plan->src_stride[0];
-    uint32_t unit = unit_bytes(plan);
+    uint32_t unit = unit_bytes(plan, 0);
     if (plan->n_outer > 1 || n_runs > MAX_RUNS || plan->run_bytes / unit > UINT32_MAX)
         return false;
     if (n == 0) {

@@ -40,6 +40,8 @@ vmm_status copy_wait_read(vmm_pool *pool, uint64_t *tensor_calls, vmm_stream str
 bool copy_plan_is_wide(const copy_plan *plan);
 void copy_plan_to_job(const copy_plan *plan, vmm_append_job *out);
 void copy_plan_to_job_wide(const copy_plan *plan, vmm_append_job_wide *out);
+/* The job's copy; what else it has is filled in already. */
+void copy_plan_to_cursor_job(const copy_plan *plan, vmm_cursor_job *out);
 /* Make it piece n of `args`, after the first of runs like the first's: false where it is of
  * another form. */
 bool copy_plan_to_piece(const copy_plan *plan, vmm_append_args_pieces *args, size_t n);

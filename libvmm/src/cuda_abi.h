@@ -17,6 +17,8 @@ typedef struct CUstream_st *CUstream;
 typedef struct CUevent_st *CUevent;
 typedef struct CUmod_st *CUmodule;
 typedef struct CUfunc_st *CUfunction;
+typedef struct CUgraph_st *CUgraph;
+typedef struct CUuserObject_st *CUuserObject;
 
 typedef enum CUresult {
     CUDA_SUCCESS = 0,
@@ -95,6 +97,9 @@ typedef enum CUstreamCaptureMode {
 } CUstreamCaptureMode;
 
 enum {
+    CU_STREAM_NON_BLOCKING = 1,
+    CU_USER_OBJECT_NO_DESTRUCTOR_SYNC = 1,
+    CU_GRAPH_USER_OBJECT_MOVE = 1,
     CU_EVENT_DISABLE_TIMING = 2,
     CU_EVENT_WAIT_DEFAULT = 0,
     CU_EVENT_WAIT_EXTERNAL = 1,
@@ -148,6 +153,12 @@ typedef CUresult cuGetProcAddress_type(const char *symbol, void **address, int v
       (CUdeviceptr address, size_t bytes, const CUmemAccessDesc *access, size_t count))            \
     X(cuMemcpyHtoDAsync, 3020, REQUIRED,                                                           \
       (CUdeviceptr dst, const void *src, size_t bytes, CUstream stream))                           \
+    X(cuMemcpyDtoHAsync, 3020, REQUIRED,                                                           \
+      (void *dst, CUdeviceptr src, size_t bytes, CUstream stream))                                 \
+    X(cuMemAlloc, 3020, REQUIRED, (CUdeviceptr * address, size_t bytes))                           \
+    X(cuMemFree, 3020, REQUIRED, (CUdeviceptr address))                                            \
+    X(cuMemHostAlloc, 2020, REQUIRED, (void **address, size_t bytes, unsigned flags))              \
+    X(cuMemFreeHost, 2000, REQUIRED, (void *address))                                              \
     X(cuMemsetD8Async, 3020, REQUIRED,                                                             \
       (CUdeviceptr dst, unsigned char value, size_t bytes, CUstream stream))                       \
     X(cuModuleLoadData, 2000, REQUIRED, (CUmodule * module, const void *image))                    \
@@ -161,8 +172,16 @@ typedef CUresult cuGetProcAddress_type(const char *symbol, void **address, int v
        void **parameters, void **extra))                                                           \
     X(cuStreamGetCtx, 9020, REQUIRED, (CUstream stream, CUcontext * context))                      \
     X(cuStreamGetCaptureInfo, 11030, REQUIRED,                                                     \
-      (CUstream stream, CUstreamCaptureStatus * status, uint64_t *id, void *graph,                 \
+      (CUstream stream, CUstreamCaptureStatus * status, uint64_t *id, CUgraph *graph,                 \
        void *dependencies, void *n_dependencies))                                                  \
+    X(cuUserObjectCreate, 11030, REQUIRED,                                                         \
+      (CUuserObject * object, void *user, void (*destroy)(void *user), unsigned n_references,      \
+       unsigned flags))                                                                            \
+    X(cuUserObjectRelease, 11030, REQUIRED, (CUuserObject object, unsigned n_references))          \
+    X(cuGraphRetainUserObject, 11030, REQUIRED,                                                    \
+      (CUgraph graph, CUuserObject object, unsigned n_references, unsigned flags))                 \
+    X(cuStreamCreate, 2000, REQUIRED, (CUstream * stream, unsigned flags))                         \
+    X(cuStreamDestroy, 4000, REQUIRED, (CUstream stream))                                          \
     X(cuStreamSynchronize, 2000, REQUIRED, (CUstream stream))                                      \
     X(cuStreamWaitEvent, 3020, REQUIRED, (CUstream stream, CUevent event, unsigned flags))         \
     X(cuEventCreate, 2000, REQUIRED, (CUevent * event, unsigned flags))                            \

@@ -19,7 +19,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "append.h"
+#include "cursor_job.h"
 #include "vmm.h"
 
 typedef uint64_t driver_handle; /* of one physical block */
@@ -56,13 +56,36 @@ typedef struct driver_ops {
     vmm_status (*fill)(void *state, uintptr_t dst, size_t bytes, vmm_stream stream);
     vmm_status (*copy)(void *state, uintptr_t dst, const void *src, size_t bytes,
                        vmm_stream stream);
-    /* Run the append kernel over jobs, at most VMM_APPEND_JOBS (or _JOBS_WIDE, _PIECES). */
-    vmm_status (*launch)(void *state, const vmm_append_args *args, size_t n_jobs,
-                         vmm_stream stream);
+    /* Run the append kernel over jobs, at most VMM_APPEND_JOBS (or _JOBS_WIDE, _PIECES) of them. On
+     * a stream that is being captured nothing is launched: `captured` says so, and the call
+     * succeeds. */
+    vmm_status (*launch)(void *state, const vmm_append_args *args, size_t n_jobs, vmm_stream stream,
+                         bool *captured);
     vmm_status (*launch_wide)(void *state, const vmm_append_args_wide *args, size_t n_jobs,
-                              vmm_stream stream);
+                              vmm_stream stream, bool *captured);
     vmm_status (*launch_pieces)(void *state, const vmm_append_args_pieces *args, size_t n_pieces,
+                                vmm_stream stream, bool *captured);
+    /* Append at the rows that the device keeps; set these rows, not on a stream that is being
+     * captured (`captured` as above). The number of blocks of each job is filled in. */
+    vmm_status (*launch_cursor)(void *state, vmm_cursor_args *args, size_t n_jobs,
                                 vmm_stream stream);
+    vmm_status (*set_cursor)(void *state, const vmm_cursor_set_args *args, vmm_stream stream,
+                             bool *captured);
+
+    /* Memory for control blocks: of the device, and of the host such that the device can write
+     * it, at the same address. Allowed while any stream is captured. */
+    vmm_status (*allocate)(void *state, size_t bytes, uintptr_t *out);
+    vmm_status (*allocate_host)(void *state, size_t bytes, void **out);
+    void (*deallocate)(void *state, uintptr_t address);
+    void (*deallocate_host)(void *state, void *address);
+    /* Copy a few bytes, and wait until they have arrived; ordered with no other work. */
+    vmm_status (*write)(void *state, uintptr_t dst, const void *src, size_t bytes);
+    vmm_status (*read)(void *state, void *dst, uintptr_t src, size_t bytes);
+
+    /* Call `release(user)` once the graph that `stream` is being captured into is gone, with all
+     * that is made of it; if this call fails, it is called, too. Perhaps on another thread, where
+     * it must not call the driver. */
+    vmm_status (*retain)(void *state, vmm_stream stream, void (*release)(void *user), void *user);
 
     /* Is `stream` one of this device (VMM_ERR_INVALID if not), and is it capturing? The
      * capture's identity tells two captures apart; 0 for none. */

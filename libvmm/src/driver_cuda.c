@@ -28,6 +28,8 @@ typedef CUfunction gpu_function;
 typedef CUstreamCaptureMode gpu_capture_mode;
 typedef CUstreamCaptureStatus gpu_capture_status;
 typedef uint64_t gpu_capture_id;
+typedef CUgraph gpu_graph;
+typedef CUuserObject gpu_user_object;
 
 #define GPU_SUCCESS CUDA_SUCCESS
 #define GPU_ERROR_OUT_OF_MEMORY CUDA_ERROR_OUT_OF_MEMORY
@@ -44,13 +46,18 @@ typedef uint64_t gpu_capture_id;
 #define GPU_ACCESS_READWRITE CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 #define GPU_GRANULARITY_MINIMUM CU_MEM_ALLOC_GRANULARITY_MINIMUM
 #define GPU_GRANULARITY_RECOMMENDED CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
+#define GPU_STREAM_NON_BLOCKING CU_STREAM_NON_BLOCKING
+#define GPU_USER_OBJECT_NO_SYNC CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
+#define GPU_USER_OBJECT_MOVE CU_GRAPH_USER_OBJECT_MOVE
+#define GPU_N_KERNELS 5
 
 typedef struct gpu_device {
     int index;
     CUdevice device;
     CUcontext context;
     unsigned max_blocks; /* of one launch, so that all of them run at once */
-    CUfunction append, append_wide, append_pieces;
+    CUfunction kernels[GPU_N_KERNELS];
+    CUstream stream; /* for control blocks; NULL before its first use. Atomic */
     const char *kernel_form; /* "fatbin", "ptx", NULL before they are loaded */
     struct gpu_device *next;
 } gpu_device;

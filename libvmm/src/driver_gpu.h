@@ -27,6 +27,23 @@
 
 #define SET_ACCESS_ATTEMPTS 8
 
+/* The kernels of the image. */
+typedef enum gpu_kernel {
+    GPU_KERNEL_APPEND,
+    GPU_KERNEL_APPEND_WIDE,
+    GPU_KERNEL_APPEND_PIECES,
+    GPU_KERNEL_APPEND_CURSOR,
+    GPU_KERNEL_CURSOR,
+} gpu_kernel;
+
+static const char *const kernel_names[GPU_N_KERNELS] = {
+    [GPU_KERNEL_APPEND] = VMM_APPEND_KERNEL,
+    [GPU_KERNEL_APPEND_WIDE] = VMM_APPEND_KERNEL_WIDE,
+    [GPU_KERNEL_APPEND_PIECES] = VMM_APPEND_KERNEL_PIECES,
+    [GPU_KERNEL_APPEND_CURSOR] = VMM_APPEND_KERNEL_CURSOR,
+    [GPU_KERNEL_CURSOR] = VMM_CURSOR_KERNEL,
+};
+
 /* ---- What the vendor's file has to say -------------------------------------------- */
 
 /* Name and text of a code; either may be left NULL. */
@@ -166,17 +183,14 @@ static vmm_status fail_forked(void) {
  * function that is loaded at its first launch would be so within someone's capture. */
 static gpu_result load_image(gpu_device *device, const void *image, const char **operation) {
     gpu_module module;
-    enum { N_KERNELS = 3 };
-    gpu_function functions[N_KERNELS];
-    static const char *const names[N_KERNELS] = {VMM_APPEND_KERNEL, VMM_APPEND_KERNEL_WIDE,
-                                                 VMM_APPEND_KERNEL_PIECES};
+    gpu_function functions[GPU_N_KERNELS];
     *operation = GPU_NAME(ModuleLoadData);
     gpu_result code = driver.calls.GPU(ModuleLoadData)(&module, image);
     if (code != GPU_SUCCESS)
         return code;
-    for (int i = 0; i < N_KERNELS && code == GPU_SUCCESS; i++) {
+    for (int i = 0; i < GPU_N_KERNELS && code == GPU_SUCCESS; i++) {
         *operation = GPU_NAME(ModuleGetFunction);
-        code = driver.calls.GPU(ModuleGetFunction)(&functions[i], module, names[i]);
+        code = driver.calls.GPU(ModuleGetFunction)(&functions[i], module, kernel_names[i]);
         if (code == GPU_SUCCESS)
             code = load_function(functions[i], operation);
     }
@@ -184,9 +198,7 @@ static gpu_result load_image(gpu_device *device, const void *image, const char *
         driver.calls.GPU(ModuleUnload)(module);
         return code;
     }
-    device->append = functions[0];
-    device->append_wide = functions[1];
-    device->append_pieces = functions[2];
+    memcpy(device->kernels, functions, sizeof functions);
     return GPU_SUCCESS;
 }
 
@@ -393,53 +405,69 @@ static vmm_status gpu_fill(void *state, uintptr_t dst, size_t bytes, vmm_stream 
                           CALL(GPU(MemsetD8Async), (gpu_address)dst, 0, bytes, stream_of(stream)));
 }
 
-static uint64_t blocks_for(uint64_t n_units) {
-    return (n_units + VMM_APPEND_BLOCK_THREADS - 1) / VMM_APPEND_BLOCK_THREADS;
+/* Is the stream being captured? The default stream cannot be, and may not even be asked while
+ * another one is. Between enter() and leave(). */
+static vmm_status find_capture(vmm_stream stream, bool *captured) {
+    gpu_capture_status capture = GPU_CAPTURE_STATUS_NONE;
+    vmm_status status = VMM_OK;
+    if (stream && stream != VMM_STREAM_LEGACY)
+        status = CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, NULL, NULL, NULL,
+                      NULL);
+    *captured = capture != GPU_CAPTURE_STATUS_NONE;
+    return status;
 }
 
-/* The parameters stay where the caller has them; the driver copies them. */
-static vmm_status launch_grid(const gpu_device *device, gpu_function kernel, const void *args,
-                              uint64_t n_blocks, size_t n_jobs, uint64_t n_runs,
-                              vmm_stream stream) {
+/* The parameters stay where the caller has them; the driver copies them. With `captured`, only
+ * on a stream that is not being captured. */
+static vmm_status launch(const gpu_device *device, gpu_kernel kernel, const unsigned grid[3],
+                         unsigned n_threads, const void *args, vmm_stream stream, bool *captured) {
     visit visit;
     void *parameters[] = {(void *)args};
     vmm_status status = enter(device, &visit);
-    if (!status)
-        status = leave(&visit, CALL(GPU(LaunchKernel), kernel, (unsigned)n_blocks, (unsigned)n_jobs,
-                                    (unsigned)n_runs, VMM_APPEND_BLOCK_THREADS, 1, 1, 0,
-                                    stream_of(stream), parameters, NULL));
-    return status;
+    if (status)
+        return status;
+    if (captured)
+        status = find_capture(stream, captured);
+    if (!status && !(captured && *captured))
+        status = CALL(GPU(LaunchKernel), device->kernels[kernel], grid[0], grid[1], grid[2],
+                      n_threads, 1, 1, 0, stream_of(stream), parameters, NULL);
+    return leave(&visit, status);
+}
+
+/* Blocks that give a thread to each of `n_units`, or as many as there may be. */
+static unsigned block_count(uint64_t n_units, unsigned n_threads, uint64_t max_blocks) {
+    uint64_t n_blocks = (n_units + n_threads - 1) / n_threads;
+    if (n_blocks > max_blocks)
+        n_blocks = max_blocks;
+    return n_blocks ? (unsigned)n_blocks : 1;
 }
 
 /* One thread for each unit of the largest job, until the device is full: then each takes
  * several. */
-static vmm_status launch(const gpu_device *device, gpu_function kernel, const void *args,
-                         size_t n_jobs, uint64_t n_units, vmm_stream stream) {
-    if (n_units == 0)
-        return VMM_OK; /* unreached: no caller launches nothing */
-    uint64_t n_blocks = blocks_for(n_units);
-    uint64_t max_blocks = device->max_blocks / n_jobs;
-    if (n_blocks > max_blocks)
-        n_blocks = max_blocks ? max_blocks : 1;
-    return launch_grid(device, kernel, args, n_blocks, n_jobs, 1, stream);
+static vmm_status launch_jobs(const gpu_device *device, gpu_kernel kernel, const void *args,
+                              size_t n_jobs, uint64_t n_units, vmm_stream stream, bool *captured) {
+    unsigned n_blocks =
+        block_count(n_units, VMM_APPEND_BLOCK_THREADS, device->max_blocks / n_jobs);
+    const unsigned grid[] = {n_blocks, (unsigned)n_jobs, 1};
+    return launch(device, kernel, grid, VMM_APPEND_BLOCK_THREADS, args, stream, captured);
 }
 
 static vmm_status gpu_launch(void *state, const vmm_append_args *args, size_t n_jobs,
-                             vmm_stream stream) {
+                             vmm_stream stream, bool *captured) {
     const gpu_device *device = state;
     uint64_t n_units = 0;
     for (size_t i = 0; i < n_jobs; i++)
         n_units = args->job[i].n_units > n_units ? args->job[i].n_units : n_units;
-    return launch(device, device->append, args, n_jobs, n_units, stream);
+    return launch_jobs(device, GPU_KERNEL_APPEND, args, n_jobs, n_units, stream, captured);
 }
 
 static vmm_status gpu_launch_wide(void *state, const vmm_append_args_wide *args, size_t n_jobs,
-                                  vmm_stream stream) {
+                                  vmm_stream stream, bool *captured) {
     const gpu_device *device = state;
     uint64_t n_units = 0;
     for (size_t i = 0; i < n_jobs; i++)
         n_units = args->job[i].n_units > n_units ? args->job[i].n_units : n_units;
-    return launch(device, device->append_wide, args, n_jobs, n_units, stream);
+    return launch_jobs(device, GPU_KERNEL_APPEND_WIDE, args, n_jobs, n_units, stream, captured);
 }
 
 /* Blocks for each run. Where pieces differ in size, the share of those that need few goes to
@@ -449,12 +477,12 @@ static uint64_t blocks_for_pieces(const gpu_device *device, const vmm_append_arg
     uint64_t most = 0, n_blocks = device->max_blocks / (n_pieces * args->n_runs);
     for (size_t i = 0; i < n_pieces; i++)
         most = args->piece[i].n_units > most ? args->piece[i].n_units : most;
-    most = blocks_for(most);
+    most = block_count(most, VMM_APPEND_BLOCK_THREADS, UINT32_MAX);
     n_blocks = n_blocks ? n_blocks : 1;
     while (n_blocks < most) {
         uint64_t working = 0;
         for (size_t i = 0; i < n_pieces; i++) {
-            uint64_t needed = blocks_for(args->piece[i].n_units);
+            uint64_t needed = block_count(args->piece[i].n_units, VMM_APPEND_BLOCK_THREADS, UINT32_MAX);
             working += needed < 2 * n_blocks ? needed : 2 * n_blocks;
         }
         if (working * args->n_runs > device->max_blocks)
@@ -465,10 +493,150 @@ static uint64_t blocks_for_pieces(const gpu_device *device, const vmm_append_arg
 }
 
 static vmm_status gpu_launch_pieces(void *state, const vmm_append_args_pieces *args,
-                                    size_t n_pieces, vmm_stream stream) {
+                                    size_t n_pieces, vmm_stream stream, bool *captured) {
     const gpu_device *device = state;
-    return launch_grid(device, device->append_pieces, args,
-                       blocks_for_pieces(device, args, n_pieces), n_pieces, args->n_runs, stream);
+    const unsigned grid[] = {(unsigned)blocks_for_pieces(device, args, n_pieces),
+                             (unsigned)n_pieces, (unsigned)args->n_runs};
+    return launch(device, GPU_KERNEL_APPEND_PIECES, grid, VMM_APPEND_BLOCK_THREADS, args, stream,
+                  captured);
+}
+
+static vmm_status gpu_launch_cursor(void *state, vmm_cursor_args *args, size_t n_jobs,
+                                    vmm_stream stream) {
+    const gpu_device *device = state;
+    uint64_t n_entries = 0;
+    unsigned grid[] = {1, 1, (unsigned)n_jobs};
+    for (size_t i = 0; i < n_jobs; i++)
+        n_entries += args->job[i].n_entries;
+    for (size_t i = 0; i < n_jobs; i++) {
+        vmm_cursor_job *job = &args->job[i];
+        job->n_blocks = block_count(job->copy.n_units, VMM_CURSOR_BLOCK_THREADS,
+                                    device->max_blocks / n_entries);
+        grid[0] = job->n_blocks > grid[0] ? job->n_blocks : grid[0];
+        grid[1] = job->n_entries > grid[1] ? job->n_entries : grid[1];
+    }
+    return launch(device, GPU_KERNEL_APPEND_CURSOR, grid, VMM_CURSOR_BLOCK_THREADS, args, stream,
+                  NULL);
+}
+
+static vmm_status gpu_set_cursor(void *state, const vmm_cursor_set_args *args, vmm_stream stream,
+                                 bool *captured) {
+    static const unsigned grid[] = {1, 1, 1};
+    return launch(state, GPU_KERNEL_CURSOR, grid, VMM_CURSOR_BLOCK_THREADS, args, stream, captured);
+}
+
+/* ---- Control blocks ------------------------------------------------------------- */
+
+static vmm_status gpu_allocate(void *state, size_t bytes, uintptr_t *out) {
+    visit visit;
+    gpu_address address = 0;
+    vmm_status status = enter_relaxed(state, &visit);
+    if (!status)
+        status = leave(&visit, CALL(GPU(MemAlloc), &address, bytes));
+    *out = (uintptr_t)address;
+    return status;
+}
+
+static vmm_status gpu_allocate_host(void *state, size_t bytes, void **out) {
+    visit visit;
+    *out = NULL;
+    vmm_status status = enter_relaxed(state, &visit);
+    return status ? status : leave(&visit, CALL(GPU(MemHostAlloc), out, bytes, 0));
+}
+
+static void gpu_deallocate(void *state, uintptr_t address) {
+    visit visit;
+    vmm_undo_begin(); /* no one could do anything about a failure */
+    if (enter_relaxed(state, &visit) == VMM_OK)
+        leave(&visit, CALL(GPU(MemFree), (gpu_address)address));
+    vmm_undo_end();
+}
+
+static void gpu_deallocate_host(void *state, void *address) {
+    visit visit;
+    vmm_undo_begin();
+    if (enter_relaxed(state, &visit) == VMM_OK)
+        leave(&visit, CALL(GPU(MemFreeHost), address));
+    vmm_undo_end();
+}
+
+/* The stream that no other work is on: made once, and kept as the context is. The driver's lock
+ * is not held across the call: of two that are made at once one is destroyed. */
+static vmm_status private_stream(gpu_device *device, gpu_stream *out) {
+    *out = __atomic_load_n(&device->stream, __ATOMIC_ACQUIRE);
+    if (*out)
+        return VMM_OK;
+    gpu_stream made = NULL, none = NULL;
+    vmm_status status = CALL(GPU(StreamCreate), &made, GPU_STREAM_NON_BLOCKING);
+    if (status)
+        return status;
+    if (!__atomic_compare_exchange_n(&device->stream, &none, made, false, __ATOMIC_ACQ_REL,
+                                     __ATOMIC_ACQUIRE)) {
+        driver.calls.GPU(StreamDestroy)(made); /* unreached: by two threads at once */
+        made = none;
+    }
+    *out = made;
+    return VMM_OK;
+}
+
+static vmm_status gpu_write(void *state, uintptr_t dst, const void *src, size_t bytes) {
+    visit visit;
+    gpu_stream stream;
+    vmm_status status = enter_relaxed(state, &visit);
+    if (status)
+        return status;
+    status = private_stream(state, &stream);
+    if (!status)
+        status = CALL(GPU(MemcpyHtoDAsync), (gpu_address)dst, (void *)src, bytes, stream);
+    if (!status)
+        status = CALL(GPU(StreamSynchronize), stream);
+    return leave(&visit, status);
+}
+
+static vmm_status gpu_read(void *state, void *dst, uintptr_t src, size_t bytes) {
+    visit visit;
+    gpu_stream stream;
+    vmm_status status = enter_relaxed(state, &visit);
+    if (status)
+        return status;
+    status = private_stream(state, &stream);
+    if (!status)
+        status = CALL(GPU(MemcpyDtoHAsync), dst, (gpu_address)src, bytes, stream);
+    if (!status)
+        status = CALL(GPU(StreamSynchronize), stream);
+    return leave(&visit, status);
+}
+
+static vmm_status retain_graph(vmm_stream stream, gpu_user_object object) {
+    gpu_capture_status capture = GPU_CAPTURE_STATUS_NONE;
+    gpu_graph graph = NULL;
+    vmm_status status = CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, NULL, &graph,
+                             NULL, NULL);
+    if (!status && capture != GPU_CAPTURE_STATUS_ACTIVE)
+        status = vmm_fail(VMM_ERR_CAPTURING, GPU_NAME(StreamGetCaptureInfo),
+                          "the capture of this stream has been invalidated: end it first");
+    return status ? status
+                  : CALL(GPU(GraphRetainUserObject), graph, object, 1, GPU_USER_OBJECT_MOVE);
+}
+
+static vmm_status gpu_retain(void *state, vmm_stream stream, void (*release)(void *user),
+                             void *user) {
+    visit visit;
+    gpu_user_object object = NULL;
+    vmm_status status = enter(state, &visit);
+    if (!status) {
+        status = CALL(GPU(UserObjectCreate), &object, user, release, 1, GPU_USER_OBJECT_NO_SYNC);
+        if (status)
+            leave(&visit, status);
+    }
+    if (status) {
+        release(user);
+        return status;
+    }
+    status = retain_graph(stream, object);
+    if (status)
+        driver.calls.GPU(UserObjectRelease)(object, 1); /* which calls release(user) */
+    return leave(&visit, status);
 }
 
 /* ---- Streams ------------------------------------------------------------------- */
@@ -583,11 +751,15 @@ static vmm_status gpu_fence(void *state, driver_event event) {
     .query = gpu_query, .reserve = gpu_reserve, .free = gpu_free, .create = gpu_create,            \
     .release = gpu_release, .map = gpu_map, .unmap = gpu_unmap, .set_access = gpu_set_access,      \
     .copy = gpu_copy, .fill = gpu_fill, .launch = gpu_launch, .launch_wide = gpu_launch_wide,      \
-    .launch_pieces = gpu_launch_pieces, .stream_check = gpu_stream_check,                          \
-    .stream_capture = gpu_stream_capture, .stream_synchronize = gpu_stream_synchronize,            \
-    .event_create = gpu_event_create, .event_destroy = gpu_event_destroy,                          \
-    .event_record = gpu_event_record, .event_wait = gpu_event_wait,                                \
-    .event_query = gpu_event_query, .event_synchronize = gpu_event_synchronize,                    \
-    .fence = gpu_fence, .fence_waits = fence_waits
+    .launch_pieces = gpu_launch_pieces, .launch_cursor = gpu_launch_cursor,                        \
+    .set_cursor = gpu_set_cursor, .allocate = gpu_allocate,                                        \
+    .allocate_host = gpu_allocate_host, .deallocate = gpu_deallocate,                              \
+    .deallocate_host = gpu_deallocate_host, .write = gpu_write, .read = gpu_read,                  \
+    .retain = gpu_retain,                                                                          \
+    .stream_check = gpu_stream_check, .stream_capture = gpu_stream_capture,                        \
+    .stream_synchronize = gpu_stream_synchronize, .event_create = gpu_event_create,                \
+    .event_destroy = gpu_event_destroy, .event_record = gpu_event_record,                          \
+    .event_wait = gpu_event_wait, .event_query = gpu_event_query,                                  \
+    .event_synchronize = gpu_event_synchronize, .fence = gpu_fence, .fence_waits = fence_waits
 
 #endif /* VMM_DRIVER_GPU_H */

@@ -28,6 +28,11 @@
 #define hipEventCreate hipEventCreateWithFlags
 #define hipLaunchKernel hipModuleLaunchKernel
 #define hipStreamGetCaptureInfo hipStreamGetCaptureInfo_v2
+#define hipMemAlloc hipMalloc
+#define hipMemFree hipFree
+#define hipMemHostAlloc hipHostMalloc
+#define hipMemFreeHost hipHostFree
+#define hipStreamCreate hipStreamCreateWithFlags
 #define GPU_VENDOR "HIP"
 #define GPU_DEVICE "hip"
 #define GPU_EXTERNAL_WAITS false
@@ -44,6 +49,8 @@ typedef hipFunction_t gpu_function;
 typedef hipStreamCaptureMode gpu_capture_mode;
 typedef hipStreamCaptureStatus gpu_capture_status;
 typedef unsigned long long gpu_capture_id;
+typedef hipGraph_t gpu_graph;
+typedef hipUserObject_t gpu_user_object;
 
 #define GPU_SUCCESS hipSuccess
 #define GPU_ERROR_OUT_OF_MEMORY hipErrorOutOfMemory
@@ -60,12 +67,17 @@ typedef unsigned long long gpu_capture_id;
 #define GPU_ACCESS_READWRITE hipMemAccessFlagsProtReadWrite
 #define GPU_GRANULARITY_MINIMUM hipMemAllocationGranularityMinimum
 #define GPU_GRANULARITY_RECOMMENDED hipMemAllocationGranularityRecommended
+#define GPU_STREAM_NON_BLOCKING hipStreamNonBlocking
+#define GPU_USER_OBJECT_NO_SYNC hipUserObjectNoDestructorSync
+#define GPU_USER_OBJECT_MOVE hipGraphUserObjectMove
+#define GPU_N_KERNELS 5
 
 typedef struct gpu_device {
     int index;
     hipDevice_t device;
     unsigned max_blocks; /* of one launch, so that all of them run at once */
-    hipFunction_t append, append_wide, append_pieces;
+    hipFunction_t kernels[GPU_N_KERNELS];
+    hipStream_t stream; /* for control blocks; NULL before its first use. Atomic */
     const char *kernel_form; /* "hipfb", NULL before they are loaded */
     struct gpu_device *next;
 } gpu_device;

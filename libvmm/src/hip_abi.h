@@ -21,6 +21,7 @@ typedef struct ihipModule_t *hipModule_t;
 typedef struct ihipModuleSymbol_t *hipFunction_t;
 typedef struct ihipGraph *hipGraph_t;
 typedef struct hipGraphNode *hipGraphNode_t;
+typedef struct hipUserObject *hipUserObject_t;
 
 typedef enum hipError_t {
     hipSuccess = 0,
@@ -98,9 +99,20 @@ typedef enum hipStreamCaptureMode {
 } hipStreamCaptureMode;
 
 #define hipEventDisableTiming 0x2
+#define hipStreamNonBlocking 0x1
+#define hipUserObjectNoDestructorSync 0x1
+#define hipGraphUserObjectMove 0x1
 
-/* Every entry: X(result, name, parameters), all of them required and found by dlsym(). */
-#define HIP_CALLS(X)                                                                               \
+/* Every entry: X(result, name, parameters), all of them required and found by dlsym(). The first
+ * are those that ROCm 5.3 has brought. */
+#define HIP_CALLS_OF_5_3(X)                                                                        \
+    X(hipError_t, hipUserObjectCreate,                                                             \
+      (hipUserObject_t * object, void *user, void (*destroy)(void *user), unsigned n_references,   \
+       unsigned flags))                                                                            \
+    X(hipError_t, hipUserObjectRelease, (hipUserObject_t object, unsigned n_references))           \
+    X(hipError_t, hipGraphRetainUserObject,                                                        \
+      (hipGraph_t graph, hipUserObject_t object, unsigned n_references, unsigned flags))
+#define HIP_CALLS_BEFORE(X)                                                                               \
     X(const char *, hipGetErrorName, (hipError_t code))                                            \
     X(const char *, hipGetErrorString, (hipError_t code))                                          \
     X(hipError_t, hipInit, (unsigned flags))                                                       \
@@ -132,6 +144,12 @@ typedef enum hipStreamCaptureMode {
       (void *address, size_t bytes, const hipMemAccessDesc *access, size_t count))                 \
     X(hipError_t, hipMemcpyHtoDAsync,                                                              \
       (hipDeviceptr_t dst, void *src, size_t bytes, hipStream_t stream))                           \
+    X(hipError_t, hipMemcpyDtoHAsync,                                                              \
+      (void *dst, hipDeviceptr_t src, size_t bytes, hipStream_t stream))                           \
+    X(hipError_t, hipMalloc, (void **address, size_t bytes))                                       \
+    X(hipError_t, hipFree, (void *address))                                                        \
+    X(hipError_t, hipHostMalloc, (void **address, size_t bytes, unsigned flags))                   \
+    X(hipError_t, hipHostFree, (void *address))                                                    \
     X(hipError_t, hipMemsetD8Async,                                                                \
       (hipDeviceptr_t dst, unsigned char value, size_t bytes, hipStream_t stream))                 \
     X(hipError_t, hipModuleLoadData, (hipModule_t * module, const void *image))                    \
@@ -146,6 +164,8 @@ typedef enum hipStreamCaptureMode {
     X(hipError_t, hipStreamGetCaptureInfo_v2,                                                      \
       (hipStream_t stream, hipStreamCaptureStatus * status, unsigned long long *id,                \
        hipGraph_t *graph, const hipGraphNode_t **dependencies, size_t *n_dependencies))            \
+    X(hipError_t, hipStreamCreateWithFlags, (hipStream_t * stream, unsigned flags))                \
+    X(hipError_t, hipStreamDestroy, (hipStream_t stream))                                          \
     X(hipError_t, hipStreamSynchronize, (hipStream_t stream))                                      \
     X(hipError_t, hipStreamWaitEvent, (hipStream_t stream, hipEvent_t event, unsigned flags))      \
     X(hipError_t, hipEventCreateWithFlags, (hipEvent_t * event, unsigned flags))                   \
@@ -153,6 +173,10 @@ typedef enum hipStreamCaptureMode {
     X(hipError_t, hipEventRecord, (hipEvent_t event, hipStream_t stream))                          \
     X(hipError_t, hipEventQuery, (hipEvent_t event))                                               \
     X(hipError_t, hipEventSynchronize, (hipEvent_t event))
+
+#define HIP_CALLS(X)                                                                               \
+    HIP_CALLS_BEFORE(X)                                                                            \
+    HIP_CALLS_OF_5_3(X)
 
 typedef struct hip_calls {
 #define HIP_CALL_FIELD(result, name, parameters) result(*name) parameters;

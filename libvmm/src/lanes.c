@@ -5,8 +5,8 @@
  * them, `length` the largest. Mapping knows of neither: every lane is mapped as far as the
  * longest needs, for whoever reads [0, length) reads all of it.
  */
+#include "cursor.h"
 #include "error.h"
-#include "tensor.h"
 
 /* Have `lengths` say what it means. */
 static void spell_out(vmm_tensor *tensor) {
@@ -129,16 +129,19 @@ vmm_status vmm_truncate_lanes(vmm_tensor *tensor, size_t n_lanes, const size_t *
     if (status)
         return status;
     size_t pinned, least;
-    if (pin_allows(tensor, &list, &pinned, &least) && stream != VMM_STREAM_NONE) {
+    bool allowed = pin_allows(tensor, &list, &pinned, &least);
+    if (allowed && stream != VMM_STREAM_NONE) {
         status = order_check_stream(tensor, &stream, operation);
         if (!status)
             status = order_add_wait(tensor, stream);
-        if (status)
-            return status;
     }
+    if (!status && allowed)
+        status = cursor_before_truncate(tensor, &stream);
+    if (status)
+        return status;
     if (!pin_truncate_lanes(tensor, &list, &pinned, &least))
         return vmm_fail(VMM_ERR_PINNED, operation,
                         "an export covers rows up to %zu: drop it before truncating a lane to %zu",
                         pinned, least);
-    return VMM_OK;
+    return cursor_truncate(tensor, stream);
 }

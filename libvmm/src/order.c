@@ -73,6 +73,10 @@ vmm_stream vmm_last_stream(const vmm_tensor *tensor) {
     return tensor->written ? tensor->last_stream : NULL;
 }
 
+vmm_stream order_write_stream(const vmm_tensor *tensor) {
+    return tensor->written ? tensor->last_stream : VMM_STREAM_LEGACY;
+}
+
 static vmm_status wait_for_last_write(vmm_tensor *tensor, vmm_stream stream) {
     if (!tensor->written || tensor->last_stream == stream)
         return VMM_OK;
@@ -249,5 +253,21 @@ vmm_status vmm_stream_wait(vmm_device *device, vmm_stream waiter, vmm_stream pro
         return status;
     status = wait_for(device, NULL, waiter, producer, event, &current);
     ops->event_destroy(device->state, event);
+    return status;
+}
+
+vmm_status vmm_stream_is_capturing(vmm_device *device, vmm_stream stream, int *out) {
+    uint64_t capture = 0;
+    if (!device || !out)
+        return vmm_fail(VMM_ERR_INVALID, "stream_is_capturing", "device or out is NULL");
+    *out = 0;
+    if (device->process != vmm_process)
+        return vmm_fail(VMM_ERR_FORKED, "stream_is_capturing",
+                        "%s was opened by the parent process: open it anew", device->name);
+    /* The default stream is never captured, and while others are it may not be asked. */
+    if (!device->ops->is_async || !stream || stream == VMM_STREAM_LEGACY)
+        return VMM_OK;
+    vmm_status status = device->ops->stream_capture(device->state, stream, &capture);
+    *out = capture != 0;
     return status;
 }

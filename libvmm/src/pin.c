@@ -1,9 +1,9 @@
 /* pin.c - pins: who still looks at a tensor's rows, and what keeps its memory alive. */
 #include <stdlib.h>
 
+#include "cursor.h"
 #include "error.h"
 #include "process.h"
-#include "tensor.h"
 
 vmm_status vmm_pin_rows(vmm_tensor *tensor, size_t n_rows, vmm_pin **out) {
     if (!out)
@@ -146,7 +146,12 @@ vmm_status vmm_close(vmm_tensor *tensor) {
     vmm_status status = tensor_check(tensor, "close");
     if (status)
         return status;
-    size_t pins = vmm_pin_count(tensor);
+    size_t pins = vmm_pin_count(tensor), graphs = cursor_graph_count(tensor);
+    if (graphs)
+        return vmm_fail(VMM_ERR_PINNED, "close",
+                        "%zu captured graph(s) that append to this tensor still live: destroy "
+                        "them first",
+                        graphs);
     if (pins)
         return vmm_fail(VMM_ERR_PINNED, "close",
                         "%zu export(s) of this tensor still live: drop what was made from it "

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "control.h"
 #include "device.h"
 #include "error.h"
 #include "process.h"
@@ -294,8 +295,8 @@ static vmm_status check_captures(pool_work *work) {
         status = DRIVER(pool, work->tensor_calls, stream_capture, work->stream, &capture);
     if (!status && capture)
         status = vmm_fail(VMM_ERR_CAPTURING, "fence",
-                          "queued memory can only be had behind a fence, and a stream is being "
-                          "captured");
+                          "this takes a fence over the device, which is not possible while a "
+                          "stream is being captured");
     return status;
 }
 
@@ -322,6 +323,23 @@ static vmm_status reclaim(pool_work *work, bool wait) {
     }
     status = reclaim_covered(work, false);
     return first ? first : status;
+}
+
+vmm_status pool_wait(vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
+    pool_work work = {pool, tensor_calls, stream, true};
+    pool_event *event;
+    vmm_status status = pool_get_event(pool, &event);
+    if (status)
+        return status;
+    pthread_mutex_lock(&pool->device->fence_lock);
+    status = check_captures(&work);
+    if (!status)
+        status = DRIVER(pool, tensor_calls, fence, event->event);
+    pthread_mutex_unlock(&pool->device->fence_lock);
+    if (!status)
+        status = DRIVER(pool, tensor_calls, event_synchronize, event->event);
+    pool_put_event(pool, event);
+    return status;
 }
 
 /* Try again what the driver would not take back. */
@@ -638,6 +656,7 @@ static void destroy(vmm_pool *pool) {
         free(event);
     }
     vmm_device *device = pool->device;
+    control_destroy(pool);
     end_captures(pool);
     pthread_mutex_destroy(&pool->work);
     pthread_mutex_destroy(&pool->lock);
@@ -690,7 +709,7 @@ void vmm_pool_release(vmm_pool *pool) {
     if (!pool || pool->process != vmm_process)
         return;
     end_captures(pool);
-    if (is_empty(pool) && !pool->spare_events)
+    if (is_empty(pool) && !pool->spare_events && !pool->control_slabs)
         destroy(pool);
     else
         vmm_device_abandon(pool->device, pool);

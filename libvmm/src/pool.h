@@ -80,6 +80,7 @@ struct vmm_pool {
     size_t n_callbacks;
     uint64_t callbacks_registered;
     struct vmm_pool *next_abandoned;
+    struct control_slab *control_slabs; /* control.c */
 
     uint64_t driver_calls[VMM_CALL_COUNT]; /* atomic */
 };
@@ -138,6 +139,10 @@ void pool_enqueue_locked(vmm_pool *pool, pool_entry *entry);
 void pool_drain(vmm_pool *pool);
 
 bool pool_has_queue(vmm_pool *pool);
+
+/* Wait for everything that the device has been given. `stream` takes part: while it, or any that
+ * a bracket knows of, is captured, VMM_ERR_CAPTURING. No lock held. */
+vmm_status pool_wait(vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream);
 
 /* Run the out-of-memory callbacks, without locks. True if one freed something. */
 bool pool_run_callbacks(vmm_pool *pool, size_t needed_bytes);

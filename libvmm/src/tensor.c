@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cursor.h"
 #include "error.h"
 #include "process.h"
 
@@ -153,6 +154,7 @@ free_tensor:
 
 void tensor_destroy(vmm_tensor *tensor) {
     find_remove(tensor); /* before its addresses can be another's */
+    cursor_free(tensor); /* before the pool can be closed */
     pool_put_event(tensor->pool, tensor->event);
     range_retire(tensor->range);
     pthread_mutex_destroy(&tensor->pin_lock);
@@ -247,19 +249,31 @@ vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows) {
                         "larger one (address space costs no memory)",
                         n_rows, tensor->spec.capacity);
     if (n_rows <= tensor->mapped)
-        return VMM_OK;
+        return cursor_show_mapped(tensor, tensor->mapped);
     range_change change;
+    size_t before = tensor->mapped;
     tensor->busy = true;
     status = tensor_map(tensor, n_rows, VMM_STREAM_NONE, &change);
-    if (!status)
-        range_commit(&change);
+    if (!status) {
+        status = cursor_show_mapped(tensor, tensor->mapped);
+        if (!status) {
+            range_commit(&change);
+        } else {
+            /* It may have arrived all the same. If the driver does not take this, either, the
+             * memory waits for a fence, and no replay is right any more. */
+            vmm_undo_begin();
+            cursor_show_mapped(tensor, before);
+            vmm_undo_end();
+            tensor_unmap(tensor, &change, true);
+        }
+    }
     tensor->busy = false;
     return status;
 }
 
 /* Zero the rows behind the length. `submitted`: something has been, whatever is returned. */
 static vmm_status fill_zero(vmm_tensor *tensor, size_t n_rows, bool *submitted) {
-    vmm_stream stream = tensor->written ? tensor->last_stream : VMM_STREAM_LEGACY;
+    vmm_stream stream = order_write_stream(tensor);
     vmm_status status = order_before_write(tensor, stream);
     uintptr_t first = tensor->range->base + tensor->length * tensor->lane_row_bytes;
     for (size_t lane = 0; lane < tensor->n_lanes && !status; lane++) {
@@ -273,7 +287,7 @@ static vmm_status fill_zero(vmm_tensor *tensor, size_t n_rows, bool *submitted) 
     return status;
 }
 
-/* What grow does when it cannot just count: refuse, map, zero. */
+/* What grow does when it cannot just count: refuse, map, zero, tell the device. */
 static vmm_status grow_slowly(vmm_tensor *tensor, size_t n_rows) {
     if (tensor->is_ragged) /* no view could show the rows that are new, and no others */
         return vmm_fail(VMM_ERR_INVALID, "grow",
@@ -281,19 +295,24 @@ static vmm_status grow_slowly(vmm_tensor *tensor, size_t n_rows) {
                         "its own, or truncate() until all are the same",
                         lanes_least(tensor), tensor->length);
     range_change change = {0};
-    vmm_status status = VMM_OK;
+    vmm_stream stream = order_write_stream(tensor);
+    bool submitted = false;
+    vmm_status status = tensor->cursor ? order_before_write(tensor, stream) : VMM_OK;
+    if (!status)
+        status = cursor_check(1, &tensor, stream, "grow");
     tensor->busy = true;
-    if (n_rows > tensor->mapped - tensor->length)
+    if (!status && n_rows > tensor->mapped - tensor->length)
         status = tensor_map(tensor, tensor->length + n_rows, VMM_STREAM_NONE, &change);
-    if (!status && tensor->spec.zero) {
-        bool submitted = false;
+    if (!status && tensor->spec.zero)
         status = fill_zero(tensor, n_rows, &submitted);
-        if (status)
-            tensor_unmap(tensor, &change, submitted);
-    }
+    if (!status)
+        status = cursor_grow(tensor, n_rows, stream);
     if (!status)
         range_commit(&change);
+    else
+        tensor_unmap(tensor, &change, submitted);
     tensor->busy = false;
+    cursor_show_growth(tensor);
     return status;
 }
 
@@ -304,7 +323,8 @@ vmm_status vmm_grow(vmm_tensor *tensor, size_t n_rows, void **out) {
     size_t length = tensor->length;
     if (n_rows > tensor->spec.capacity - length && !tensor->is_ragged)
         return tensor_fail_capacity(tensor, "grow", n_rows);
-    if (n_rows > tensor->mapped - length || (tensor->spec.zero && n_rows) || tensor->is_ragged) {
+    if (n_rows > tensor->mapped - length || tensor->is_ragged ||
+        ((tensor->spec.zero || tensor->cursor) && n_rows)) {
         status = grow_slowly(tensor, n_rows);
         if (status)
             return status;
@@ -331,15 +351,21 @@ vmm_status vmm_truncate(vmm_tensor *tensor, size_t n_rows, vmm_stream stream) {
         if (status)
             return status;
     }
+    if (pinned <= n_rows)
+        status = cursor_before_truncate(tensor, &stream);
+    if (status)
+        return status;
     if (!pin_truncate(tensor, n_rows, &pinned))
         return vmm_fail(VMM_ERR_PINNED, "truncate",
                         "an export covers rows up to %zu: drop it before truncating to %zu", pinned,
                         n_rows);
-    return VMM_OK;
+    return cursor_truncate(tensor, stream);
 }
 
 vmm_status vmm_trim(vmm_tensor *tensor) {
     vmm_status status = tensor_check(tensor, "trim");
+    if (!status) /* first, so that no replay from here on writes what is given up */
+        status = cursor_show_mapped(tensor, tensor->length);
     if (status)
         return status;
     pool_work work;
@@ -347,6 +373,7 @@ vmm_status vmm_trim(vmm_tensor *tensor) {
     range_trim(tensor->range, tensor->length * tensor->lane_row_bytes);
     set_mapped(tensor);
     pool_work_end(&work);
+    cursor_show_growth(tensor);
     return VMM_OK;
 }
 
@@ -376,13 +403,13 @@ vmm_status vmm_fork(vmm_tensor *tensor, size_t n_rows, vmm_tensor **out) {
         .shape = shape,
         .strides = tensor->strides,
     };
-    vmm_stream stream = tensor->written ? tensor->last_stream : VMM_STREAM_LEGACY;
+    vmm_stream stream = order_write_stream(tensor);
     vmm_tensor *const target[] = {copy};
     tensor->busy = true;
     /* The source's next write comes after this reading. Said first, since it can fail. */
     status = n_rows ? order_add_wait(tensor, stream) : VMM_OK;
     if (!status && n_rows)
-        status = append_checked(1, target, &rows, NULL, stream);
+        status = append_checked(1, target, &rows, NULL, stream, false);
     if (!status && tensor->is_ragged)
         lanes_copy(copy, tensor, n_rows);
     tensor->busy = false;

@@ -3,6 +3,7 @@
  * tensor.c   what a tensor is, mapping and growing it, giving it up
  * lanes.c    lanes of different lengths
  * append.c   copying rows in
+ * cursor.h   the lengths where the device reads them, and graphs that append
  * order.c    which stream waits for which
  * pin.c      who still looks at it
  * find.c     which one it is, by its address
@@ -36,6 +37,7 @@ struct vmm_tensor {
     /* Written by the one writer, read by anyone. */
     size_t length;
     size_t mapped;
+    struct tensor_cursor *cursor; /* cursor.h; NULL for most */
     bool is_ragged; /* lanes.c: the lanes differ in length, `length` is the largest */
     bool busy;      /* a growth is under way: an out-of-memory callback may call back in */
 
@@ -113,12 +115,18 @@ void lanes_set(vmm_tensor *tensor, const lane_list *list);
 void lanes_cut(vmm_tensor *tensor, size_t n_rows);
 void lanes_copy(vmm_tensor *to, const vmm_tensor *from, size_t n_rows);
 
-/* Append what has been checked already; see vmm_append_many(). Without a list to every lane. */
+/* Append what has been checked already; see vmm_append_many(). Without a list to every lane, without
+ * `capturable` not on a stream that is being captured. */
 vmm_status append_checked(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
-                          const lane_list *list, vmm_stream stream);
+                          const lane_list *list, vmm_stream stream, bool capturable);
+/* The rows of a source; a source with strides, for which there is room in `strides`. */
+size_t append_rows(const vmm_tensor *tensor, const vmm_array *source);
+vmm_array append_with_strides(const vmm_tensor *tensor, const vmm_array *source, int64_t *strides);
 
 /* order.c: NULL is the legacy stream; a stream of another device is refused. */
 vmm_status order_check_stream(vmm_tensor *tensor, vmm_stream *stream, const char *operation);
+/* Where a write goes that no one names a stream for: that of the last one. */
+vmm_stream order_write_stream(const vmm_tensor *tensor);
 /* Make `stream` wait for what the next write must come after. */
 vmm_status order_before_write(vmm_tensor *tensor, vmm_stream stream);
 /* The tensor has been written on `stream`: also when only a part of the work was submitted

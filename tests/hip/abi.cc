@@ -7,9 +7,13 @@
 
 namespace ours {
 #include "../../libvmm/src/hip_abi.h"
-constexpr int disable_timing = hipEventDisableTiming;
+constexpr int disable_timing = hipEventDisableTiming, non_blocking = hipStreamNonBlocking;
+constexpr int no_sync = hipUserObjectNoDestructorSync, move = hipGraphUserObjectMove;
 } // namespace ours
 #undef hipEventDisableTiming
+#undef hipStreamNonBlocking
+#undef hipUserObjectNoDestructorSync
+#undef hipGraphUserObjectMove
 
 #define __HIP_PLATFORM_AMD__ 1
 #define __HIP_DISABLE_CPP_FUNCTIONS__ 1
@@ -40,6 +44,7 @@ SAME_VALUE(hipStreamCaptureModeGlobal);
 SAME_VALUE(hipStreamCaptureModeThreadLocal);
 SAME_VALUE(hipStreamCaptureModeRelaxed);
 static_assert(ours::disable_timing == hipEventDisableTiming, "hipEventDisableTiming");
+static_assert(ours::non_blocking == hipStreamNonBlocking, "hipStreamNonBlocking");
 
 #define SAME_SIZE(type) static_assert(sizeof(ours::type) == sizeof(::type), #type)
 SAME_SIZE(hipError_t);
@@ -80,4 +85,9 @@ static_assert((int)ours::hipDeviceAttributeVirtualMemoryManagementSupported ==
 /* Out here the types in our lists of parameters are AMD's. */
 #define SAME_CALL(result, name, parameters)                                                        \
     static_assert(std::is_same<decltype(&::name), result(*) parameters>::value, #name);
-HIP_CALLS(SAME_CALL)
+HIP_CALLS_BEFORE(SAME_CALL)
+#if HIP_VERSION >= HIP_VERSION_NEEDED
+static_assert(ours::no_sync == hipUserObjectNoDestructorSync, "hipUserObjectNoDestructorSync");
+static_assert(ours::move == hipGraphUserObjectMove, "hipGraphUserObjectMove");
+HIP_CALLS_OF_5_3(SAME_CALL)
+#endif

@@ -5,10 +5,7 @@
 #define _GNU_SOURCE
 #include <string.h>
 
-#include "append.h"
-#include "sim.h"
-
-typedef vmm_append_job_wide job;
+#include "append_twin.h"
 
 static job widened(const vmm_append_job *in) {
     job out = {.dst = in->dst,
@@ -55,17 +52,12 @@ static job job_at(const sim_op *op, unsigned i) {
 }
 
 /* ---- runs ------------------------------------------------------------------------------------ */
-typedef struct run {
-    uint64_t index[VMM_APPEND_DIMS_WIDE];
-    uint64_t dst, src;
-} run;
-
-static bool first_run(const job *j, run *r) {
+bool sim_first_run(const job *j, run *r) {
     *r = (run){.dst = j->dst, .src = j->src};
     return j->n_units > 0;
 }
 
-static bool next_run(const job *j, run *r) {
+bool sim_next_run(const job *j, run *r) {
     for (uint32_t d = j->n_outer; d-- > 0;) {
         r->dst += (uint64_t)j->dst_stride[d];
         r->src += (uint64_t)j->src_stride[d];
@@ -79,7 +71,7 @@ static bool next_run(const job *j, run *r) {
 }
 
 /* ---- preconditions ------------------------------------------------------------------------------ */
-static CUresult check_shape(const job *j, unsigned i, uint32_t dims) {
+CUresult sim_check_shape(const job *j, unsigned i, uint32_t dims) {
     uint32_t unit = j->unit_bytes;
     if (unit != 1 && unit != 2 && unit != 4 && unit != 8 && unit != 16)
         return sim_refuse(CUDA_ERROR_INVALID_VALUE, "job %u: units of %u bytes", i, unit);
@@ -104,11 +96,11 @@ static CUresult check_shape(const job *j, unsigned i, uint32_t dims) {
 }
 
 /* Visit the runs of one side, neighbours as one. */
-static CUresult touch_side(const job *j, const sim_visit *visit, bool write) {
+CUresult sim_touch_side(const job *j, const sim_visit *visit, bool write) {
     run r;
     uint64_t bytes = j->run_units * j->unit_bytes, begin = 0, end = 0;
     CUresult status = CUDA_SUCCESS;
-    for (bool more = first_run(j, &r); more && status == CUDA_SUCCESS; more = next_run(j, &r)) {
+    for (bool more = sim_first_run(j, &r); more && status == CUDA_SUCCESS; more = sim_next_run(j, &r)) {
         uint64_t at = write ? r.dst : r.src;
         if (at != end || begin == end) {
             status = sim_touch(visit, begin, end - begin, write);
@@ -136,11 +128,11 @@ static CUresult check(const sim_op *op, const sim_visit *visit) {
                           VMM_APPEND_BLOCK_THREADS, jobs, (unsigned long long)runs);
     for (unsigned i = 0; i < grid[1]; i++) {
         job j = job_at(op, i);
-        CUresult status = check_shape(&j, i, dims);
+        CUresult status = sim_check_shape(&j, i, dims);
         if (status == CUDA_SUCCESS)
-            status = touch_side(&j, visit, false);
+            status = sim_touch_side(&j, visit, false);
         if (status == CUDA_SUCCESS)
-            status = touch_side(&j, visit, true);
+            status = sim_touch_side(&j, visit, true);
         if (status)
             return status;
     }
@@ -153,7 +145,7 @@ static void run_jobs(const sim_op *op) {
     for (unsigned i = op->u.launch.grid[1]; i-- > 0;) {
         job j = job_at(op, i);
         run r;
-        for (bool more = first_run(&j, &r); more; more = next_run(&j, &r))
+        for (bool more = sim_first_run(&j, &r); more; more = sim_next_run(&j, &r))
             memmove((void *)(uintptr_t)r.dst, (const void *)(uintptr_t)r.src,
                     j.run_units * j.unit_bytes);
     }

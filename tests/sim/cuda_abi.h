@@ -19,6 +19,7 @@ typedef struct sim_function *CUfunction;
 typedef struct sim_graph *CUgraph;
 typedef struct sim_graph_exec *CUgraphExec;
 typedef struct sim_graph_node *CUgraphNode;
+typedef struct sim_user_object *CUuserObject;
 typedef void (*CUhostFn)(void *user_data);
 
 /* Every status: value, name, text. */
@@ -100,6 +101,9 @@ enum {
     CU_STREAM_CAPTURE_STATUS_NONE = 0,
     CU_STREAM_CAPTURE_STATUS_ACTIVE = 1,
     CU_STREAM_CAPTURE_STATUS_INVALIDATED = 2,
+
+    CU_USER_OBJECT_NO_DESTRUCTOR_SYNC = 0x1,
+    CU_GRAPH_USER_OBJECT_MOVE = 0x1,
 
     CU_GET_PROC_ADDRESS_LEGACY_STREAM = 0x1,
     CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM = 0x2,
@@ -339,6 +343,13 @@ CUresult cuStreamGetCaptureInfo_v2(CUstream stream, int *state, uint64_t *id, CU
 CUresult cuStreamGetCaptureInfo_v3(CUstream stream, int *state, uint64_t *id, CUgraph *graph,
                                    const CUgraphNode **nodes, const void **edges, size_t *n_nodes);
 
+CUresult cuUserObjectCreate(CUuserObject *out, void *user_data, CUhostFn destroy,
+                            unsigned n_references, unsigned flags);
+CUresult cuUserObjectRetain(CUuserObject object, unsigned n_references);
+CUresult cuUserObjectRelease(CUuserObject object, unsigned n_references);
+CUresult cuGraphRetainUserObject(CUgraph graph, CUuserObject object, unsigned n_references,
+                                 unsigned flags);
+CUresult cuGraphReleaseUserObject(CUgraph graph, CUuserObject object, unsigned n_references);
 CUresult cuGraphGetNodes(CUgraph handle, CUgraphNode *nodes, size_t *n_nodes);
 CUresult cuGraphDestroy(CUgraph handle);
 CUresult cuGraphInstantiate_v2(CUgraphExec *out, CUgraph graph, CUgraphNode *error_node, char *log,

@@ -105,6 +105,11 @@
     X(cuGraphInstantiate, 11000, cuGraphInstantiate_v2)                                            \
     X(cuGraphInstantiateWithFlags, 11040, cuGraphInstantiateWithFlags)                             \
     X(cuGraphInstantiateWithParams, 12000, cuGraphInstantiateWithParams)                           \
+    X(cuUserObjectCreate, 11030, cuUserObjectCreate)                                               \
+    X(cuUserObjectRetain, 11030, cuUserObjectRetain)                                               \
+    X(cuUserObjectRelease, 11030, cuUserObjectRelease)                                             \
+    X(cuGraphRetainUserObject, 11030, cuGraphRetainUserObject)                                     \
+    X(cuGraphReleaseUserObject, 11030, cuGraphReleaseUserObject)                                   \
     X(cuGraphGetNodes, 10000, cuGraphGetNodes)                                                     \
     X(cuGraphLaunch, 10000, cuGraphLaunch)                                                         \
     X(cuGraphDestroy, 10000, cuGraphDestroy)                                                       \

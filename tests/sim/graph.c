@@ -18,7 +18,72 @@ struct sim_graph_exec {
     sim_clock *last; /* launches of one executable graph follow one another */
 };
 
-static sim_handles graphs, execs;
+static sim_handles graphs, execs, user_objects;
+
+/* ---- user objects ------------------------------------------------------------------------------ */
+/* The real driver calls the destructor on a thread of its own, perhaps later. It may not call
+ * the driver, so the lock may be held. */
+static void drop(sim_user_object *object, size_t n) {
+    object->n_references -= n;
+    if (object->n_references)
+        return;
+    object->magic = GRAPH_DEAD;
+    sim_call_back(object->destroy, object->user_data);
+}
+
+static sim_user_object *object_of(CUuserObject handle, CUresult *status) {
+    bool known = sim_handles_has(&user_objects, handle);
+    *status = CUDA_SUCCESS;
+    if (known && handle->magic == GRAPH_ALIVE)
+        return handle;
+    *status =
+        sim_refuse(CUDA_ERROR_INVALID_VALUE,
+                   known ? "user object %p is gone" : "%p is no user object", (void *)handle);
+    return NULL;
+}
+
+CUresult cuUserObjectCreate(CUuserObject *out, void *user_data, CUhostFn destroy,
+                            unsigned n_references, unsigned flags) {
+    CUresult status = sim_enter(SIM_cuUserObjectCreate);
+    if (status)
+        return status;
+    if (!out || !destroy || !n_references || flags != CU_USER_OBJECT_NO_DESTRUCTOR_SYNC)
+        return sim_leave(sim_refuse(CUDA_ERROR_INVALID_VALUE, "%u references, flags 0x%x",
+                                    n_references, flags));
+    sim_user_object *object = sim_alloc(sizeof *object);
+    *object = (sim_user_object){GRAPH_ALIVE, n_references, destroy, user_data};
+    sim_handles_add(&user_objects, object);
+    *out = object;
+    return sim_leave(CUDA_SUCCESS);
+}
+
+CUresult cuUserObjectRetain(CUuserObject handle, unsigned n_references) {
+    CUresult status = sim_enter(SIM_cuUserObjectRetain);
+    if (status)
+        return status;
+    sim_user_object *object = object_of(handle, &status);
+    if (object)
+        object->n_references += n_references;
+    return sim_leave(status);
+}
+
+CUresult cuUserObjectRelease(CUuserObject handle, unsigned n_references) {
+    CUresult status = sim_enter(SIM_cuUserObjectRelease);
+    if (status)
+        return status;
+    sim_user_object *object = object_of(handle, &status);
+    if (object && n_references > object->n_references)
+        status = sim_refuse(CUDA_ERROR_INVALID_VALUE, "%u references of %lu", n_references,
+                            object->n_references);
+    else if (object)
+        drop(object, n_references);
+    return sim_leave(status);
+}
+
+static void keep(sim_graph *graph, sim_user_object *object) {
+    graph->kept = sim_grow(graph->kept, (graph->n_kept + 1) * sizeof(graph->kept[0]));
+    graph->kept[graph->n_kept++] = object;
+}
 
 /* ---- graphs ------------------------------------------------------------------------------------ */
 sim_graph *sim_graph_new(void) {
@@ -50,6 +115,9 @@ void sim_graph_free(sim_graph *graph) {
         free(graph->node[i].after);
     }
     free(graph->node);
+    for (size_t i = 0; i < graph->n_kept; i++)
+        drop(graph->kept[i], 1);
+    free(graph->kept);
     *graph = (sim_graph){.magic = GRAPH_DEAD};
 }
 
@@ -62,6 +130,43 @@ static sim_graph *graph_of(CUgraph handle, CUresult *status) {
         sim_refuse(CUDA_ERROR_INVALID_VALUE,
                    known ? "graph %p was destroyed before" : "%p is no graph", (void *)handle);
     return NULL;
+}
+
+CUresult cuGraphRetainUserObject(CUgraph graph_handle, CUuserObject handle, unsigned n_references,
+                                 unsigned flags) {
+    CUresult status = sim_enter(SIM_cuGraphRetainUserObject);
+    if (status)
+        return status;
+    sim_graph *graph = graph_of(graph_handle, &status);
+    sim_user_object *object = graph ? object_of(handle, &status) : NULL;
+    if (object && (!n_references || flags & ~(unsigned)CU_GRAPH_USER_OBJECT_MOVE ||
+                   (flags && n_references > object->n_references)))
+        status = sim_refuse(CUDA_ERROR_INVALID_VALUE, "%u references, flags 0x%x", n_references,
+                            flags);
+    for (unsigned i = 0; i < n_references && status == CUDA_SUCCESS; i++)
+        keep(graph, object);
+    if (status == CUDA_SUCCESS && !flags)
+        object->n_references += n_references;
+    return sim_leave(status);
+}
+
+CUresult cuGraphReleaseUserObject(CUgraph graph_handle, CUuserObject handle,
+                                  unsigned n_references) {
+    CUresult status = sim_enter(SIM_cuGraphReleaseUserObject);
+    if (status)
+        return status;
+    sim_graph *graph = graph_of(graph_handle, &status);
+    sim_user_object *object = graph ? object_of(handle, &status) : NULL;
+    for (size_t i = graph ? graph->n_kept : 0; object && n_references && i-- > 0;)
+        if (graph->kept[i] == object) {
+            graph->kept[i] = graph->kept[--graph->n_kept];
+            n_references--;
+            drop(object, 1);
+        }
+    if (object && n_references)
+        status = sim_refuse(CUDA_ERROR_INVALID_VALUE, "the graph has %u references fewer",
+                            n_references);
+    return sim_leave(status);
 }
 
 static struct sim_graph_exec *exec_of(CUgraphExec handle, CUresult *status) {
@@ -111,6 +216,10 @@ static CUresult instantiate(sim_call call, CUgraphExec *out, CUgraph handle) {
     exec->graph = sim_graph_new();
     for (size_t i = 0; i < graph->n_nodes; i++)
         sim_graph_add(exec->graph, &graph->node[i].op, graph->node[i].after);
+    for (size_t i = 0; i < graph->n_kept; i++) {
+        graph->kept[i]->n_references++;
+        keep(exec->graph, graph->kept[i]);
+    }
     sim_handles_add(&execs, exec);
     *out = exec;
     return sim_leave(CUDA_SUCCESS);

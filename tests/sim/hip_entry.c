@@ -70,6 +70,9 @@ static const char *const names[SIM_N_CALLS] = {
     [SIM_cuStreamGetCaptureInfo] = "hipStreamGetCaptureInfo_v2",
     [SIM_cuStreamBeginCapture] = "hipStreamBeginCapture",
     [SIM_cuStreamEndCapture] = "hipStreamEndCapture",
+    [SIM_cuUserObjectCreate] = "hipUserObjectCreate",
+    [SIM_cuUserObjectRelease] = "hipUserObjectRelease",
+    [SIM_cuGraphRetainUserObject] = "hipGraphRetainUserObject",
     [SIM_cuGraphInstantiateWithFlags] = "hipGraphInstantiateWithFlags",
     [SIM_cuGraphLaunch] = "hipGraphLaunch",
     [SIM_cuGraphDestroy] = "hipGraphDestroy",
@@ -446,6 +449,20 @@ int hipEventQuery(CUevent event) {
 
 int hipEventSynchronize(CUevent event) {
     return cuEventSynchronize(event);
+}
+
+int hipUserObjectCreate(CUuserObject *out, void *user_data, CUhostFn destroy, unsigned n_references,
+                        unsigned flags) {
+    return cuUserObjectCreate(out, user_data, destroy, n_references, flags);
+}
+
+int hipUserObjectRelease(CUuserObject object, unsigned n_references) {
+    return cuUserObjectRelease(object, n_references);
+}
+
+int hipGraphRetainUserObject(CUgraph graph, CUuserObject object, unsigned n_references,
+                             unsigned flags) {
+    return cuGraphRetainUserObject(graph, object, n_references, flags);
 }
 
 int hipGraphInstantiateWithFlags(CUgraphExec *out, CUgraph graph, unsigned long long flags) {

@@ -125,6 +125,11 @@ enum {
     X(cuGraphInstantiate, SIM_CONTEXT)                                                             \
     X(cuGraphInstantiateWithFlags, SIM_CONTEXT)                                                    \
     X(cuGraphInstantiateWithParams, SIM_CONTEXT)                                                   \
+    X(cuUserObjectCreate, 0)                                                                       \
+    X(cuUserObjectRetain, 0)                                                                       \
+    X(cuUserObjectRelease, 0)                                                                      \
+    X(cuGraphRetainUserObject, 0)                                                                  \
+    X(cuGraphReleaseUserObject, 0)                                                                 \
     X(cuGraphGetNodes, 0)                                                                          \
     X(cuGraphLaunch, SIM_CONTEXT)                                                                  \
     X(cuGraphDestroy, 0)                                                                           \
@@ -288,6 +293,8 @@ typedef struct sim_visit {
     bool note;              /* false: only look whether it may */
 } sim_visit;
 
+/* The work may touch any of these bytes, as far as they are mapped. */
+void sim_note(const sim_visit *visit, uintptr_t address, size_t bytes);
 /* The work touches these bytes of device memory. Refuses what is not mapped or accessible. */
 CUresult sim_touch(const sim_visit *visit, uintptr_t address, size_t bytes, bool write);
 CUresult sim_race_check(const sim_visit *visit, sim_block *block, uintptr_t offset, size_t bytes,
@@ -391,11 +398,14 @@ void sim_cancel_work(void);
 /* Let everyone look again who waits for work to finish or to be let go. */
 void sim_wake_streams(void);
 bool sim_in_callback(void);
+/* Call a function of the program's that may not call the driver. */
+void sim_call_back(CUhostFn call, void *user_data);
 
 CUresult sim_copy_check(const sim_copy *copy, const sim_visit *visit);
 void sim_copy_run(const sim_copy *copy);
 void sim_fill_run(const sim_copy *place, unsigned char value);
 extern const sim_kernel sim_append_kernel, sim_append_kernel_wide, sim_append_kernel_pieces;
+extern const sim_kernel sim_append_kernel_cursor, sim_cursor_kernel;
 const sim_kernel *sim_find_kernel(const char *name);
 /* For tests of the simulator that bring kernels of their own. 0, or -1 when it is full. */
 int sim_register_kernel(const sim_kernel *kernel);
@@ -434,10 +444,20 @@ typedef struct sim_node {
     sim_nodes *after;
 } sim_node;
 
+/* Something that graphs keep alive. */
+typedef struct sim_user_object {
+    uint32_t magic;
+    unsigned long n_references;
+    CUhostFn destroy;
+    void *user_data;
+} sim_user_object;
+
 typedef struct sim_graph {
     uint32_t magic;
     sim_node *node;
     size_t n_nodes, capacity;
+    sim_user_object **kept; /* one for each reference */
+    size_t n_kept;
 } sim_graph;
 
 typedef struct sim_capture {

@@ -114,6 +114,14 @@ CUresult sim_mapping_idle(const sim_mapping *mapping, const char *what) {
     return CUDA_SUCCESS;
 }
 
+void sim_note(const sim_visit *visit, uintptr_t address, size_t bytes) {
+    const sim_space *space = sim_space_find(address);
+    uintptr_t end = address + bytes;
+    for (size_t i = space ? sim_space_seek(space, address) : 0;
+         space && i < space->n_map && space->map[i]->base < end; i++)
+        note_use(space->map[i], visit);
+}
+
 static CUresult touch_mapping(const sim_visit *visit, sim_mapping *mapping, uintptr_t address,
                               size_t bytes, bool write) {
     int access = mapping->access[visit->device];

@@ -18,6 +18,13 @@ bool sim_in_callback(void) {
     return in_callback;
 }
 
+void sim_call_back(CUhostFn call, void *user_data) {
+    bool before = in_callback;
+    in_callback = true;
+    call(user_data);
+    in_callback = before;
+}
+
 /* ---- the threads ------------------------------------------------------------------------- */
 static long draw_delay(void) {
     unsigned long long random = sim_random() >> 16;

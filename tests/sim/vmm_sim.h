@@ -43,8 +43,8 @@
  * Not modelled: contexts other than the primary ones, peer access switches and copies between
  * devices, arrays and textures, memory pools (cuMemAllocAsync), managed and registered host
  * memory, streams per thread by cuGetProcAddress's flag (CU_STREAM_PER_THREAD itself is),
- * graphs built by hand, branches of a graph running side by side, user objects, kernels other
- * than the append kernel, real timing.
+ * graphs built by hand, branches of a graph running side by side, kernels other
+ * than those of libvmm, real timing.
  */
 #ifndef VMM_SIM_H
 #define VMM_SIM_H

@@ -1,0 +1,14 @@
+from pyvmm._core cimport TensorCore
+from pyvmm._dlpack cimport Region
+from pyvmm._libvmm cimport vmm_pin, vmm_stream
+
+
+cdef Cursor cursor_of(TensorCore tensor)
+
+
+cdef class Cursor:
+    cdef TensorCore tensor
+    cdef vmm_pin *interface_pin
+
+    cdef TensorCore made(self)
+    cdef int region(self, vmm_stream stream, Region *out) except -1
