@@ -1,5 +1,9 @@
 /* pool.h - physical blocks of one device: create, recycle, release, within a budget.
  *
+ * pool.c    blocks, the budget, the pool itself
+ * queue.c   what waits for a fence, and how it comes back
+ * oom.c     whom the pool asks before it gives up
+ *
  * Two locks, always taken in this order:
  *   work   serialises driver work (the driver does so anyway) and is held across driver
  *          calls. Between pool_work_begin() and pool_work_end().
@@ -126,6 +130,16 @@ vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, ui
  * whatever it was counted under to none. To the free list, or to the driver where keeping
  * it has no use or `release` asks. Under work. */
 void pool_give_block(pool_work *work, pool_block *block, bool release);
+
+/* Return a block to the driver; one that it refuses is parked. Its bytes are counted nowhere on
+ * entry. Under work. */
+vmm_status pool_release_block(pool_work *work, pool_block *block);
+/* Release free blocks, large ones first, until `enough` bytes have gone back. Under work. */
+vmm_status pool_release_free(pool_work *work, size_t enough);
+
+/* The pool holds nothing, and nothing of it is in use; free it then. */
+bool pool_is_empty(vmm_pool *pool);
+void pool_destroy(vmm_pool *pool);
 
 /* The books. `from` and `to` point to counters of the pool, NULL for none. */
 void pool_move_bytes(vmm_pool *pool, size_t *from, size_t *to, size_t bytes);
