@@ -12,17 +12,30 @@
 /* ---- the books -------------------------------------------------------------- */
 
 static size_t held_bytes(const vmm_pool *pool) {
-    return pool->in_use_bytes + pool->free_bytes + pool->queued_bytes + pool->parked_bytes;
+    size_t sum = 0;
+    for (int state = 0; state < POOL_STATES; state++)
+        sum += pool->bytes[state];
+    return sum;
 }
 
-void pool_move_bytes(vmm_pool *pool, size_t *from, size_t *to, size_t bytes) {
-    pthread_mutex_lock(&pool->lock);
-    if (from)
-        *from -= bytes;
-    if (to)
-        *to += bytes;
-    if (held_bytes(pool) > pool->peak_bytes)
+void pool_move_bytes_locked(vmm_pool *pool, pool_entry *entry, pool_state from, pool_state to,
+                            size_t bytes) {
+    pool->bytes[from] -= bytes;
+    pool->bytes[to] += bytes;
+    if (entry) {
+        entry->bytes[from] -= bytes;
+        entry->bytes[to] += bytes;
+    }
+    if (from == POOL_NOWHERE && held_bytes(pool) > pool->peak_bytes)
         pool->peak_bytes = held_bytes(pool);
+    if (pool->bytes[POOL_IN_USE] > pool->peak_in_use_bytes)
+        pool->peak_in_use_bytes = pool->bytes[POOL_IN_USE];
+}
+
+void pool_move_bytes(vmm_pool *pool, pool_entry *entry, pool_state from, pool_state to,
+                     size_t bytes) {
+    pthread_mutex_lock(&pool->lock);
+    pool_move_bytes_locked(pool, entry, from, to, bytes);
     pthread_mutex_unlock(&pool->lock);
 }
 
@@ -30,9 +43,9 @@ void pool_move_bytes(vmm_pool *pool, size_t *from, size_t *to, size_t bytes) {
 static vmm_status fail_over_budget(vmm_pool *pool, size_t bytes) {
     vmm_size_text need, limit, in_use, spare, queued;
     pthread_mutex_lock(&pool->lock);
-    vmm_format_bytes(pool->in_use_bytes, &in_use);
-    vmm_format_bytes(pool->free_bytes, &spare);
-    vmm_format_bytes(pool->queued_bytes, &queued);
+    vmm_format_bytes(pool->bytes[POOL_IN_USE], &in_use);
+    vmm_format_bytes(pool->bytes[POOL_FREE], &spare);
+    vmm_format_bytes(pool->bytes[POOL_QUEUED], &queued);
     pthread_mutex_unlock(&pool->lock);
     return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "create",
                     "the pool's budget of %s on %s has no room for a block of %s (%s in use, %s "
@@ -80,7 +93,7 @@ vmm_status pool_release_block(pool_work *work, pool_block *block) {
     if (status) {
         block->next = pool->parked_blocks;
         pool->parked_blocks = block;
-        pool_move_bytes(pool, NULL, &pool->parked_bytes, block->bytes);
+        pool_move_bytes(pool, NULL, POOL_NOWHERE, POOL_PARKED, block->bytes);
     } else {
         free(block);
     }
@@ -100,7 +113,7 @@ vmm_status pool_release_free(pool_work *work, size_t enough) {
             pool_block *block = pool->free_blocks[i];
             size_t bytes = block->bytes;
             pool->free_blocks[i] = block->next;
-            pool_move_bytes(pool, &pool->free_bytes, NULL, bytes);
+            pool_move_bytes(pool, NULL, POOL_FREE, POOL_NOWHERE, bytes);
             vmm_status status = pool_release_block(work, block);
             if (status && !first)
                 first = status;
@@ -109,6 +122,21 @@ vmm_status pool_release_free(pool_work *work, size_t enough) {
         }
     }
     return first;
+}
+
+/* Blocks of sizes that nobody asks for go, rather than that the pool keeps more than it ever
+ * needed. */
+static void release_excess(pool_work *work) {
+    vmm_pool *pool = work->pool;
+    pthread_mutex_lock(&pool->lock);
+    size_t idle = pool->bytes[POOL_FREE] + pool->bytes[POOL_RECYCLED];
+    size_t most = pool->peak_in_use_bytes;
+    pthread_mutex_unlock(&pool->lock);
+    if (idle <= most)
+        return;
+    vmm_undo_begin();
+    pool_release_free(work, idle - most);
+    vmm_undo_end();
 }
 
 void pool_give_block(pool_work *work, pool_block *block, bool release) {
@@ -121,7 +149,7 @@ void pool_give_block(pool_work *work, pool_block *block, bool release) {
     pool_block **list = size_class(pool, block->bytes);
     block->next = *list;
     *list = block;
-    pool_move_bytes(pool, NULL, &pool->free_bytes, block->bytes);
+    pool_move_bytes(pool, NULL, POOL_NOWHERE, POOL_FREE, block->bytes);
 }
 
 static pool_block *take_free(vmm_pool *pool, size_t bytes) {
@@ -130,7 +158,7 @@ static pool_block *take_free(vmm_pool *pool, size_t bytes) {
         if (block->bytes == bytes) {
             *link = block->next;
             block->fresh = false;
-            pool_move_bytes(pool, &pool->free_bytes, &pool->in_use_bytes, bytes);
+            pool_move_bytes(pool, NULL, POOL_FREE, POOL_IN_USE, bytes);
             return block;
         }
     }
@@ -163,7 +191,7 @@ static vmm_status create_block(pool_work *work, size_t bytes, pool_block **out) 
     block->bytes = bytes;
     block->fresh = true;
     vmm_status status = DRIVER(pool, work->tensor_calls, create, bytes, &block->handle);
-    if (status == VMM_ERR_OUT_OF_MEMORY && pool->free_bytes) {
+    if (status == VMM_ERR_OUT_OF_MEMORY && pool->bytes[POOL_FREE]) {
         pool_release_free(work, SIZE_MAX);
         status = DRIVER(pool, work->tensor_calls, create, bytes, &block->handle);
     }
@@ -171,7 +199,7 @@ static vmm_status create_block(pool_work *work, size_t bytes, pool_block **out) 
         free(block);
         return status;
     }
-    pool_move_bytes(pool, NULL, &pool->in_use_bytes, bytes);
+    pool_move_bytes(pool, NULL, POOL_NOWHERE, POOL_IN_USE, bytes);
     *out = block;
     return VMM_OK;
 }
@@ -182,7 +210,7 @@ static vmm_status take_or_create(pool_work *work, size_t bytes, pool_block **out
 }
 
 void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
-    *work = (pool_work){pool, tensor_calls, stream, false};
+    *work = (pool_work){.pool = pool, .tensor_calls = tensor_calls, .stream = stream};
     pthread_mutex_lock(&pool->work);
     queue_retry_parked(work);
 }
@@ -196,27 +224,52 @@ void pool_work_end(pool_work *work) {
         queue_sweep_abandoned(device, work->stream, work->waited);
 }
 
+/* Memory is short: make some of what is idle free. What the driver has refused meanwhile is of
+ * interest only where it is the last way out (`reclaimed`, `refusal`). */
+static bool give_up_idle(pool_work *work, size_t bytes, vmm_status *reclaimed, vmm_error *refusal) {
+    size_t before = work->unmapped_bytes;
+    vmm_error shortage = *vmm_last_error();
+    if (!reclaimed)
+        vmm_undo_begin();
+    vmm_status status = queue_give_up(work, bytes);
+    if (!reclaimed)
+        vmm_undo_end();
+    else if (status && !*reclaimed) {
+        *reclaimed = status;
+        *refusal = *vmm_last_error();
+    }
+    vmm_fail_again(&shortage);
+    return work->unmapped_bytes > before;
+}
+
 vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes, bool wait,
                            pool_block **out) {
     vmm_pool *pool = work->pool;
+    vmm_status reclaimed = VMM_OK, status;
+    vmm_error refusal;
     *out = take_free(pool, bytes);
+    if (!*out && pool_has_queue(pool)) {
+        queue_tidy(work);
+        *out = take_free(pool, bytes);
+    }
     if (*out)
         return VMM_OK;
-    if (pool_has_queue(pool)) {
-        vmm_undo_begin(); /* nothing to be had is no failure: a new block may do */
-        queue_reclaim(work, false);
-        vmm_undo_end();
+    release_excess(work);
+    for (bool waited = false;; waited = true) {
+        status = waited ? VMM_ERR_OUT_OF_MEMORY : create_block(work, bytes, out);
+        while (status == VMM_ERR_OUT_OF_MEMORY &&
+               give_up_idle(work, bytes, waited ? &reclaimed : NULL, &refusal))
+            status = take_or_create(work, bytes, out);
+        for (size_t size = bytes / 2; status == VMM_ERR_OUT_OF_MEMORY && size >= smallest_bytes;
+             size /= 2)
+            status = take_or_create(work, size, out);
+        if (status != VMM_ERR_OUT_OF_MEMORY || !wait || waited || !pool_has_queue(pool))
+            break;
+        vmm_error shortage = *vmm_last_error();
+        reclaimed = queue_fence(work, true);
+        refusal = *vmm_last_error();
+        vmm_fail_again(&shortage);
     }
-    vmm_status status = take_or_create(work, bytes, out);
-    for (size_t size = bytes / 2; status == VMM_ERR_OUT_OF_MEMORY && size >= smallest_bytes;
-         size /= 2)
-        status = take_or_create(work, size, out);
-    if (status != VMM_ERR_OUT_OF_MEMORY || !wait || !pool_has_queue(pool))
-        return status;
-    vmm_status reclaimed = queue_reclaim(work, true);
-    vmm_error refusal = *vmm_last_error();
-    /* What could not be taken back may not have been all there was. */
-    status = pool_take_block(work, bytes, smallest_bytes, false, out);
     if (status == VMM_ERR_OUT_OF_MEMORY && reclaimed && reclaimed != VMM_ERR_CAPTURING) {
         vmm_fail_again(&refusal); /* the cause: there was memory, and the driver kept it */
         status = reclaimed;
@@ -231,13 +284,12 @@ vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes,
 vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, uintptr_t *out) {
     pool_work work;
     pthread_mutex_lock(&pool->lock);
-    bool many = pool->n_queued >= QUEUE_HIGH_WATER;
+    bool many = pool->n_bare >= QUEUE_HIGH_WATER, parked = pool->bytes[POOL_PARKED] > 0;
     pthread_mutex_unlock(&pool->lock);
-    if (many) {
+    if (many || parked) {
         pool_work_begin(&work, pool, tensor_calls, VMM_STREAM_NONE);
-        vmm_undo_begin();
-        queue_reclaim(&work, false);
-        vmm_undo_end();
+        if (many)
+            queue_return_addresses(&work);
         pool_work_end(&work);
     }
     vmm_status status = DRIVER(pool, tensor_calls, reserve, bytes, 0, out);
@@ -365,10 +417,12 @@ vmm_status vmm_pool_statistics(vmm_pool *pool, vmm_pool_stats *out) {
         return vmm_fail(VMM_ERR_INVALID, "pool_statistics", "out is NULL");
     pthread_mutex_lock(&pool->lock);
     *out = (vmm_pool_stats){
-        .in_use_bytes = pool->in_use_bytes,
-        .free_bytes = pool->free_bytes,
-        .queued_bytes = pool->queued_bytes,
-        .parked_bytes = pool->parked_bytes,
+        .in_use_bytes = pool->bytes[POOL_IN_USE],
+        .free_bytes = pool->bytes[POOL_FREE],
+        .queued_bytes = pool->bytes[POOL_QUEUED],
+        .lookahead_bytes = pool->bytes[POOL_AHEAD],
+        .recycled_bytes = pool->bytes[POOL_RECYCLED],
+        .parked_bytes = pool->bytes[POOL_PARKED],
         .peak_bytes = pool->peak_bytes,
         .max_bytes = pool->max_bytes == SIZE_MAX ? 0 : pool->max_bytes,
     };
@@ -408,7 +462,7 @@ void pool_destroy(vmm_pool *pool) {
 
 bool pool_is_empty(vmm_pool *pool) {
     pthread_mutex_lock(&pool->lock);
-    bool empty = pool->live_ranges == 0 && !pool->queue && held_bytes(pool) == 0;
+    bool empty = pool->live_ranges == 0 && !pool->newest && held_bytes(pool) == 0;
     pthread_mutex_unlock(&pool->lock);
     return empty && !pool->fence;
 }

@@ -8,9 +8,20 @@
 /* Look whether the pending fence has passed, or wait for it. */
 vmm_status queue_settle(pool_work *work, bool wait);
 
-/* Take back what can be: without `wait` what a fence has released by now, recording one if
+/* Take back all that can be: without `wait` what a fence has released by now, recording one if
  * none is pending and that does not wait either; with it everything that was queued on entry. */
 vmm_status queue_reclaim(pool_work *work, bool wait);
+/* The fence of the above alone: nothing is unmapped. */
+vmm_status queue_fence(pool_work *work, bool wait);
+
+/* Before a growth makes a new block: take back what tensors have trimmed off, and what is more
+ * than the pool ever needed. */
+void queue_tidy(pool_work *work);
+/* Memory is short. Give up what was mapped ahead and what is kept for recycling, oldest first,
+ * until `enough` bytes are unmapped. */
+vmm_status queue_give_up(pool_work *work, size_t enough);
+/* Return address space of closed tensors that holds no memory, as far as fences allow. */
+void queue_return_addresses(pool_work *work);
 
 /* Try again what the driver would not take back. */
 void queue_retry_parked(pool_work *work);
