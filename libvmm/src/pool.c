@@ -6,6 +6,7 @@
 
 #include "device.h"
 #include "error.h"
+#include "lookahead.h"
 #include "process.h"
 #include "queue.h"
 
@@ -152,13 +153,13 @@ void pool_give_block(pool_work *work, pool_block *block, bool release) {
     pool_move_bytes(pool, NULL, POOL_NOWHERE, POOL_FREE, block->bytes);
 }
 
-static pool_block *take_free(vmm_pool *pool, size_t bytes) {
+static pool_block *take_free(vmm_pool *pool, size_t bytes, pool_state as) {
     for (pool_block **link = size_class(pool, bytes); *link; link = &(*link)->next) {
         pool_block *block = *link;
         if (block->bytes == bytes) {
             *link = block->next;
             block->fresh = false;
-            pool_move_bytes(pool, NULL, POOL_FREE, POOL_IN_USE, bytes);
+            pool_move_bytes(pool, NULL, POOL_FREE, as, bytes);
             return block;
         }
     }
@@ -175,6 +176,23 @@ static size_t over_budget(vmm_pool *pool, size_t bytes) {
     return held > pool->max_bytes - bytes ? held - (pool->max_bytes - bytes) : 0;
 }
 
+static vmm_status new_block(pool_work *work, size_t bytes, pool_state as, pool_block **out) {
+    vmm_pool *pool = work->pool;
+    pool_block *block = calloc(1, sizeof *block);
+    if (!block)
+        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "create", "no host memory left");
+    block->bytes = bytes;
+    block->fresh = true;
+    vmm_status status = DRIVER(pool, work->tensor_calls, create, bytes, &block->handle);
+    if (status) {
+        free(block);
+        return status;
+    }
+    pool_move_bytes(pool, NULL, POOL_NOWHERE, as, bytes);
+    *out = block;
+    return VMM_OK;
+}
+
 /* A new block, at the cost of free ones of other sizes where the budget or the device is
  * full. */
 static vmm_status create_block(pool_work *work, size_t bytes, pool_block **out) {
@@ -185,33 +203,33 @@ static vmm_status create_block(pool_work *work, size_t bytes, pool_block **out) 
         if (over_budget(pool, bytes)) /* for a driver that would not take blocks back? */
             return status ? status : fail_over_budget(pool, bytes);
     }
-    pool_block *block = calloc(1, sizeof *block);
-    if (!block)
-        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "create", "no host memory left");
-    block->bytes = bytes;
-    block->fresh = true;
-    vmm_status status = DRIVER(pool, work->tensor_calls, create, bytes, &block->handle);
+    vmm_status status = new_block(work, bytes, POOL_IN_USE, out);
     if (status == VMM_ERR_OUT_OF_MEMORY && pool->bytes[POOL_FREE]) {
         pool_release_free(work, SIZE_MAX);
-        status = DRIVER(pool, work->tensor_calls, create, bytes, &block->handle);
+        status = new_block(work, bytes, POOL_IN_USE, out);
     }
-    if (status) {
-        free(block);
-        return status;
-    }
-    pool_move_bytes(pool, NULL, POOL_NOWHERE, POOL_IN_USE, bytes);
-    *out = block;
-    return VMM_OK;
+    return status;
+}
+
+vmm_status pool_take_block_ahead(pool_work *work, size_t bytes, pool_block **out) {
+    *out = take_free(work->pool, bytes, POOL_AHEAD);
+    if (*out)
+        return VMM_OK;
+    if (over_budget(work->pool, bytes))
+        return VMM_ERR_OUT_OF_MEMORY;
+    return new_block(work, bytes, POOL_AHEAD, out);
 }
 
 static vmm_status take_or_create(pool_work *work, size_t bytes, pool_block **out) {
-    *out = take_free(work->pool, bytes);
+    *out = take_free(work->pool, bytes, POOL_IN_USE);
     return *out ? VMM_OK : create_block(work, bytes, out);
 }
 
 void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
     *work = (pool_work){.pool = pool, .tensor_calls = tensor_calls, .stream = stream};
+    __atomic_fetch_add(&pool->work_waiters, 1, __ATOMIC_RELAXED);
     pthread_mutex_lock(&pool->work);
+    __atomic_fetch_sub(&pool->work_waiters, 1, __ATOMIC_RELAXED);
     queue_retry_parked(work);
 }
 
@@ -247,10 +265,10 @@ vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes,
     vmm_pool *pool = work->pool;
     vmm_status reclaimed = VMM_OK, status;
     vmm_error refusal;
-    *out = take_free(pool, bytes);
+    *out = take_free(pool, bytes, POOL_IN_USE);
     if (!*out && pool_has_queue(pool)) {
         queue_tidy(work);
-        *out = take_free(pool, bytes);
+        *out = take_free(pool, bytes, POOL_IN_USE);
     }
     if (*out)
         return VMM_OK;
@@ -304,10 +322,25 @@ vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, ui
     return status;
 }
 
-void pool_range_added(vmm_pool *pool) {
-    pthread_mutex_lock(&pool->lock);
+void pool_range_added_locked(vmm_pool *pool, pool_entry *entry) {
     pool->live_ranges++;
+    entry->previous_live = NULL;
+    entry->next_live = pool->live;
+    if (pool->live)
+        pool->live->previous_live = entry;
+    pool->live = entry;
+}
+
+void pool_range_added(vmm_pool *pool, pool_entry *entry) {
+    pthread_mutex_lock(&pool->lock);
+    pool_range_added_locked(pool, entry);
     pthread_mutex_unlock(&pool->lock);
+}
+
+void pool_range_retired_locked(vmm_pool *pool, pool_entry *entry) {
+    *(entry->previous_live ? &entry->previous_live->next_live : &pool->live) = entry->next_live;
+    if (entry->next_live)
+        entry->next_live->previous_live = entry->previous_live;
 }
 
 void pool_range_gone(vmm_pool *pool) {
@@ -462,7 +495,8 @@ void pool_destroy(vmm_pool *pool) {
 
 bool pool_is_empty(vmm_pool *pool) {
     pthread_mutex_lock(&pool->lock);
-    bool empty = pool->live_ranges == 0 && !pool->newest && held_bytes(pool) == 0;
+    bool empty =
+        pool->live_ranges == 0 && !pool->lookahead && !pool->newest && held_bytes(pool) == 0;
     pthread_mutex_unlock(&pool->lock);
     return empty && !pool->fence;
 }
@@ -473,30 +507,34 @@ vmm_status vmm_pool_close(vmm_pool *pool) {
     vmm_status status = pool_check(pool, "pool_close");
     if (status)
         return status;
-    pool_work work;
-    pool_work_begin(&work, pool, NULL, VMM_STREAM_NONE);
     pthread_mutex_lock(&pool->lock);
     size_t live = pool->live_ranges;
     pthread_mutex_unlock(&pool->lock);
-    if (live)
-        status = vmm_fail(VMM_ERR_BUSY, "pool_close",
-                          "%zu tensor(s) or allocation(s) of this pool on %s still live: close "
-                          "them and drop what was exported first",
-                          live, pool->device->name);
-    if (!status)
-        status = queue_reclaim(&work, true);
+    if (live) {
+        pool_work work; /* what was parked is tried again */
+        pool_work_begin(&work, pool, NULL, VMM_STREAM_NONE);
+        pool_work_end(&work);
+        return vmm_fail(VMM_ERR_BUSY, "pool_close",
+                        "%zu tensor(s) or allocation(s) of this pool on %s still live: close "
+                        "them and drop what was exported first",
+                        live, pool->device->name);
+    }
+    size_t ahead_bytes = lookahead_stop(pool);
+    pool_work work;
+    pool_work_begin(&work, pool, NULL, VMM_STREAM_NONE);
+    status = queue_reclaim(&work, true);
     if (!status && pool->fence)
         status = queue_settle(&work, true); /* unreached: reclaim has settled it */
     if (!status)
         status = pool_release_free(&work, SIZE_MAX);
     pthread_mutex_unlock(&pool->work);
-    if (live)
-        pool_drain(pool);
     if (!status && !pool_is_empty(pool)) /* unreached: who keeps memory has failed before */
         status = vmm_fail(VMM_ERR_DRIVER, "pool_close",
                           "the driver would not take all memory back: try again");
     if (!status)
         pool_destroy(pool);
+    else if (ahead_bytes)
+        lookahead_again(pool, ahead_bytes);
     return status;
 }
 
@@ -504,6 +542,7 @@ void vmm_pool_release(vmm_pool *pool) {
     if (!pool || pool->process != vmm_process)
         return;
     end_captures(pool);
+    lookahead_dismiss(pool);
     if (pool_is_empty(pool) && !pool->spare_events)
         pool_destroy(pool);
     else

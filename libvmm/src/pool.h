@@ -3,6 +3,7 @@
  * pool.c    blocks, the budget, the pool itself
  * queue.c   what waits for a fence, and how it comes back
  * oom.c     whom the pool asks before it gives up
+ * lookahead.c, above ranges: the thread that maps ahead of growth
  *
  * Two locks, always taken in this order:
  *   work   serialises driver work (the driver does so anyway) and is held across driver
@@ -62,10 +63,11 @@ enum {
 typedef struct pool_entry {
     struct pool_entry *newer, *older;
     bool linked;
-    bool retired;   /* the owner is gone: the next of its kind takes it over, or reclaim ends it */
-    bool trimmed;   /* the owner has given memory up, for others to grow with */
-    bool claimed;   /* being reclaimed: nobody takes it over */
-    bool bare;      /* counted in the pool's n_bare */
+    bool retired; /* the owner is gone: the next of its kind takes it over, or reclaim ends it */
+    bool trimmed; /* the owner has given memory up, for others to grow with */
+    bool claimed; /* being reclaimed: nobody takes it over */
+    bool bare;    /* counted in the pool's n_bare */
+    struct pool_entry *next_live, *previous_live; /* while it has an owner */
     uint64_t epoch; /* the number of the last fence that does not cover it */
     size_t bytes[POOL_STATES + 1];
     /* Give back from the end what may go, a set of RECLAIM_*. Under work. `gone`: the owner was,
@@ -92,6 +94,7 @@ struct vmm_pool {
     size_t max_bytes;   /* SIZE_MAX for no budget */
 
     pthread_mutex_t work;
+    int work_waiters; /* growths that want it, before which look-ahead stands back. Atomic */
     pool_block *free_blocks[POOL_SIZE_CLASSES]; /* under work: unmapped, last given back first */
     pool_block *parked_blocks; /* under work: unmapped, but the driver would not release them */
     pool_event *fence;         /* under work: the pending fence, NULL if none */
@@ -106,8 +109,10 @@ struct vmm_pool {
     uint64_t fences_passed;   /* written under work, too */
     uint64_t fences_recorded;
     size_t live_ranges;
-    void *allocations; /* ranges by their address, see alloc.c */
-    int captures;      /* under the device's fence lock */
+    pool_entry *live;            /* the ranges themselves */
+    struct lookahead *lookahead; /* NULL: off. See lookahead.c */
+    void *allocations;           /* ranges by their address, see alloc.c */
+    int captures;                /* under the device's fence lock */
     pool_event *spare_events;
     pool_callback *callbacks;
     size_t n_callbacks;
@@ -152,6 +157,10 @@ vmm_status pool_check(const vmm_pool *pool, const char *operation);
  * those behind pending fences. VMM_ERR_OUT_OF_MEMORY after all that. Under work. */
 vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes, bool wait,
                            pool_block **out);
+
+/* A block for look-ahead, counted as ahead: one that is free, or a new one if there is room for
+ * it. Nothing is given up for it. Under work. */
+vmm_status pool_take_block_ahead(pool_work *work, size_t bytes, pool_block **out);
 
 /* Reserve address space; what closed tensors still hold of it is taken back where it is
  * needed, or where much has gathered. No lock held. */
@@ -204,7 +213,11 @@ bool pool_has_queue(vmm_pool *pool);
 /* Run the out-of-memory callbacks, without locks. True if one freed something. */
 bool pool_run_callbacks(vmm_pool *pool, size_t needed_bytes);
 
-void pool_range_added(vmm_pool *pool);
+/* A range has an owner from now on; its owner has gone (under lock); and nothing of the owner's
+ * call is left in the pool. */
+void pool_range_added(vmm_pool *pool, pool_entry *entry);
+void pool_range_added_locked(vmm_pool *pool, pool_entry *entry);
+void pool_range_retired_locked(vmm_pool *pool, pool_entry *entry);
 void pool_range_gone(vmm_pool *pool);
 
 /* Events, recycled: putting one back makes no driver call. */

@@ -5,6 +5,7 @@
 
 #include "device.h"
 #include "error.h"
+#include "lookahead.h"
 
 /* ---- entries -------------------------------------------------------------------- */
 
@@ -267,6 +268,12 @@ void queue_tidy(pool_work *work) {
     vmm_undo_end();
 }
 
+void queue_give_ahead(pool_work *work) {
+    vmm_undo_begin();
+    reclaim_picked(work, PICK_AHEAD, SIZE_MAX);
+    vmm_undo_end();
+}
+
 vmm_status queue_give_up(pool_work *work, size_t enough) {
     static const queue_pick picks[] = {PICK_AHEAD, PICK_RETIRED, PICK_ALL};
     vmm_status first = VMM_OK;
@@ -347,7 +354,7 @@ static pool_entry *find_retired(const vmm_pool *pool,
 static pool_entry *take_over(vmm_pool *pool, pool_entry *entry) {
     entry->retired = entry->trimmed = false;
     pool_note_locked(pool, entry);
-    pool->live_ranges++;
+    pool_range_added_locked(pool, entry);
     return entry;
 }
 
@@ -398,6 +405,7 @@ void queue_sweep_abandoned(vmm_device *device, vmm_stream stream, bool wait) {
     vmm_undo_begin();
     while (pool) {
         vmm_pool *next = pool->next_abandoned;
+        lookahead_reap(pool);
         pool_work work;
         pool_work_begin(&work, pool, NULL, stream); /* what was parked is tried again, too */
         queue_reclaim(&work, wait);

@@ -20,6 +20,8 @@ void queue_tidy(pool_work *work);
 /* Memory is short. Give up what was mapped ahead and what is kept for recycling, oldest first,
  * until `enough` bytes are unmapped. */
 vmm_status queue_give_up(pool_work *work, size_t enough);
+/* Look-ahead is turned off: what it has mapped goes. */
+void queue_give_ahead(pool_work *work);
 /* Return address space of closed tensors that holds no memory, as far as fences allow. */
 void queue_return_addresses(pool_work *work);
 

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "error.h"
+#include "lookahead.h"
 
 static size_t smallest_block(const range *range) {
     return range->block_bytes == VMM_BLOCK_AUTO ? range->pool->device->granularity_bytes
@@ -190,6 +191,7 @@ static bool has_geometry(const pool_entry *entry, const void *key) {
 static void begin_anew(range *range) {
     pthread_mutex_lock(&range->pool->lock);
     range->n_live_blocks = 0;
+    range->growth = (range_growth){0};
     for (size_t i = 0; i < range->n_lanes; i++)
         range->lanes[i].n_live = range->lanes[i].live_bytes = 0;
     pthread_mutex_unlock(&range->pool->lock);
@@ -230,7 +232,7 @@ vmm_status range_create(vmm_pool *pool, size_t n_lanes, size_t lane_bytes, size_
         free(range);
         return status;
     }
-    pool_range_added(pool);
+    pool_range_added(pool, &range->entry);
     *out = range;
     return VMM_OK;
 }
@@ -238,6 +240,7 @@ vmm_status range_create(vmm_pool *pool, size_t n_lanes, size_t lane_bytes, size_
 void range_retire(range *range) {
     vmm_pool *pool = range->pool;
     pthread_mutex_lock(&pool->lock);
+    pool_range_retired_locked(pool, &range->entry);
     give_ahead(range);
     range->entry.retired = true;
     pool_enqueue_locked(pool, &range->entry);
@@ -304,23 +307,17 @@ static vmm_status make_room(range *range, range_lane *lane) {
     return VMM_OK;
 }
 
-/* Map one more block at the lane's end, counted as in use. It has no access yet. Under work. */
-static vmm_status map_next(range *range, size_t lane_index, pool_work *work, bool wait) {
+/* Map a block at the lane's end, behind all others, where it is counted as in use (and is live) or
+ * as ahead. It has no access yet. When it cannot be, the pool has it back. Under work. */
+static vmm_status map_block(range *range, size_t lane_index, pool_block *block, pool_state as,
+                            pool_work *work) {
     vmm_pool *pool = range->pool;
     range_lane *lane = &range->lanes[lane_index];
-    pool_block *block;
-    vmm_status status = make_room(range, lane);
-    if (status)
-        return status;
-    status = pool_take_block(work, block_size_at(range, lane->total_bytes), smallest_block(range),
-                             wait, &block);
-    if (status)
-        return status;
     uintptr_t address = lane_base(range, lane_index) + lane->total_bytes;
-    status = DRIVER(pool, work->tensor_calls, map, address, block->bytes, block->handle);
+    vmm_status status = DRIVER(pool, work->tensor_calls, map, address, block->bytes, block->handle);
     if (status) {
         vmm_undo_begin();
-        pool_move_bytes(pool, NULL, POOL_IN_USE, POOL_NOWHERE, block->bytes);
+        pool_move_bytes(pool, NULL, as, POOL_NOWHERE, block->bytes);
         pool_give_block(work, block, block->fresh);
         vmm_undo_end();
         return status;
@@ -329,12 +326,28 @@ static vmm_status map_next(range *range, size_t lane_index, pool_work *work, boo
     block->past = BLOCK_UNTOUCHED;
     lane->blocks[lane->n_blocks++] = block;
     lane->total_bytes += block->bytes;
-    lane->n_live++;
-    lane->live_bytes += block->bytes;
-    range->n_live_blocks++;
-    range->entry.bytes[POOL_IN_USE] += block->bytes;
+    range->entry.bytes[as] += block->bytes;
+    if (as == POOL_IN_USE) {
+        lane->n_live++;
+        lane->live_bytes += block->bytes;
+        range->n_live_blocks++;
+    } else if (range->entry.retired) {
+        set_past(range, block, BLOCK_USED); /* meanwhile; then it is like the others */
+    }
+    pool_note_locked(pool, &range->entry);
     pthread_mutex_unlock(&pool->lock);
     return VMM_OK;
+}
+
+/* Map one more block, in use. Under work. */
+static vmm_status map_next(range *range, size_t lane_index, pool_work *work) {
+    pool_block *block;
+    range_lane *lane = &range->lanes[lane_index];
+    vmm_status status = make_room(range, lane);
+    if (!status)
+        status = pool_take_block(work, block_size_at(range, lane->total_bytes),
+                                 smallest_block(range), true, &block);
+    return status ? status : map_block(range, lane_index, block, POOL_IN_USE, work);
 }
 
 /* Open a lane's blocks as far as `end`, the end of one. Under work. */
@@ -377,8 +390,41 @@ static vmm_status extend_lane(range_change *change, size_t lane_index, size_t by
         revive(range, lane);
     pthread_mutex_unlock(&pool->lock);
     while (!status && lane->live_bytes < bytes)
-        status = map_next(range, lane_index, work, true);
+        status = map_next(range, lane_index, work);
     return status ? status : set_access(range, lane_index, lane->live_bytes, work);
+}
+
+size_t range_next_block_bytes(const range *range, size_t lane) {
+    size_t total = range->lanes[lane].total_bytes;
+    return total < range->lane_bytes ? block_size_at(range, total) : 0;
+}
+
+vmm_status range_map_ahead(range *range, size_t lane_index, pool_work *work) {
+    pool_block *block;
+    range_lane *lane = &range->lanes[lane_index];
+    vmm_status status = make_room(range, lane);
+    if (!status)
+        status = pool_take_block_ahead(work, block_size_at(range, lane->total_bytes), &block);
+    if (!status)
+        status = map_block(range, lane_index, block, POOL_AHEAD, work);
+    if (status)
+        return status;
+    status = set_access(range, lane_index, lane->total_bytes, work);
+    if (status) {
+        bool done;
+        unmap_last(range, lane_index, work, RECLAIM_AHEAD, true, &done);
+    }
+    return status;
+}
+
+bool range_release_ahead(range *range, pool_work *work) {
+    bool done = false;
+    for (size_t i = 0; i < range->n_lanes && !done; i++)
+        unmap_last(range, i, work, RECLAIM_AHEAD, false, &done);
+    pthread_mutex_lock(&range->pool->lock);
+    pool_note_locked(range->pool, &range->entry);
+    pthread_mutex_unlock(&range->pool->lock);
+    return done;
 }
 
 static void end_change(range_change *change) {
@@ -397,6 +443,7 @@ void range_commit(range_change *change) {
         for (size_t i = change->marks[k].n_live; i < lane->n_live; i++)
             lane->blocks[i]->past = BLOCK_USED;
     }
+    lookahead_wake_locked(range->pool);
     pthread_mutex_unlock(&range->pool->lock);
     end_change(change);
 }

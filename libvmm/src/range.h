@@ -23,6 +23,14 @@ typedef struct range_lane {
     size_t open_bytes;  /* that have access, from the beginning: an undo may leave some without */
 } range_lane;
 
+/* What look-ahead has seen of a range's growth; its thread's, under the pool's lock. */
+typedef struct range_growth {
+    size_t seen_bytes; /* in use, at the last look */
+    double bytes_per_ns;
+    uint64_t grew_ns;    /* when it last did */
+    size_t wanted_bytes; /* behind the live blocks of each lane */
+} range_growth;
+
 typedef struct range {
     pool_entry entry; /* first: the pool hands it back to us. Its bytes are of the blocks' */
     vmm_pool *pool;
@@ -32,6 +40,7 @@ typedef struct range {
     size_t block_bytes; /* VMM_BLOCK_AUTO or bytes */
     size_t n_lanes;
     size_t n_live_blocks; /* in all lanes; under the pool's lock */
+    range_growth growth;
     range_lane lanes[];
 } range;
 
@@ -72,6 +81,12 @@ vmm_status range_map(range_change *change, range *range, size_t lane_bytes, uint
  * new blocks may have been submitted, so they wait for a fence like any others. */
 void range_commit(range_change *change);
 void range_undo(range_change *change, bool touched);
+
+/* For look-ahead, under work. One more block behind a lane's, with access, not in use; and the
+ * last such block given back. VMM_ERR_OUT_OF_MEMORY where memory is short for it. */
+size_t range_next_block_bytes(const range *range, size_t lane); /* 0: the lane is full */
+vmm_status range_map_ahead(range *range, size_t lane, pool_work *work);
+bool range_release_ahead(range *range, pool_work *work);
 
 /* Make spare what lies beyond the blocks that hold the first `lane_bytes` bytes of each lane.
  * Under work. */
