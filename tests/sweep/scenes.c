@@ -77,6 +77,17 @@ static void check_on_oom(world *w) {
     CHECK_STATUS(vmm_pool_on_oom(w->f.pool, NULL, w), VMM_ERR_INVALID);
 }
 
+/* Its thread sleeps, since nothing grows: the calls are the operation's own. */
+static vmm_status run_set_lookahead(world *w) {
+    return vmm_pool_set_lookahead(w->f.pool, 64 * KIB);
+}
+
+static void check_set_lookahead(world *w) {
+    CHECK_SIZE(vmm_pool_lookahead(w->f.pool), 64 * KIB);
+    CHECK_OK(vmm_pool_set_lookahead(w->f.pool, 0));
+    CHECK_SIZE(vmm_pool_lookahead(w->f.pool), 0);
+}
+
 static vmm_status run_reserve(world *w) {
     vmm_spec spec = world_spec(w);
     return vmm_reserve(w->f.pool, &spec, &w->made);
@@ -525,6 +536,7 @@ const scene scenes[] = {
     {"device_query", ONCE, nothing, run_query, check_query, 0},
     {"pool_create", ONCE, nothing, run_pool_create, nothing, 0},
     {"pool_on_oom", ONCE, prepare_on_oom, run_on_oom, check_on_oom, 0},
+    {"pool_set_lookahead", ONCE, one_tensor, run_set_lookahead, check_set_lookahead, 0},
     {"reserve", ONE_BLOCKS | TAKES_ADDRESSES, one_tensor, run_reserve, check_reserve, 0},
     {"reserve, many closed before", ONCE | TAKES_ADDRESSES | FENCES, many_closed, run_reserve,
      check_reserve, 0},
