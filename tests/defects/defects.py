@@ -31,12 +31,7 @@ DEFECTS = [
         "access",
         "no access call for blocks that are taken back into use",
         "libvmm/src/range.c",
-        replaces(
-            "size_t open_from = lane->live_bytes;",
-            "size_t open_from = lane->total_bytes;",
-            "    /* Revived blocks may be the remains of an undo, which have none. */\n",
-            "    if (open_from >= lane->live_bytes)\n        return VMM_OK;\n",
-        ),
+        replaces("               lane->live_bytes < lane->open_bytes)\n", "               true)\n"),
         C.format("test_undo"),
     ),
     Defect(
@@ -55,8 +50,8 @@ DEFECTS = [
         "queued blocks are unmapped without a fence",
         "libvmm/src/queue.c",
         replaces(
-            "!parked_only && (!pool->device->ops->is_async || pool->fences_passed > entry->epoch);",
-            "!parked_only;",
+            "    return !pool->device->ops->is_async || pool->fences_passed > entry->epoch;",
+            "    (void)pool, (void)entry;\n    return true;",
         ),
         C.format("test_queue"),
     ),
@@ -100,9 +95,9 @@ DEFECTS = [
         "a block is given back to the pool twice",
         "libvmm/src/range.c",
         replaces(
-            "    pool_give_block(work, block, release);\n    return VMM_OK;\n",
-            "    pool_give_block(work, block, release);\n"
-            "    pool_give_block(work, block, release);\n    return VMM_OK;\n",
+            "    pool_give_block(work, block, release && block->fresh);\n",
+            "    pool_give_block(work, block, release && block->fresh);\n"
+            "    pool_give_block(work, block, release && block->fresh);\n",
         ),
         C.format("test_queue"),
     ),
@@ -112,7 +107,7 @@ DEFECTS = [
         "a closed tensor's reservation is not returned",
         "libvmm/src/range.c",
         replaces(
-            "first = DRIVER(pool, work->tensor_calls, free, range->base, range->bytes);",
+            "first = DRIVER(range->pool, work->tensor_calls, free, range->base, range->bytes);",
             "first = VMM_OK;",
         ),
         C.format("test_lifetime"),
@@ -121,14 +116,19 @@ DEFECTS = [
         "parked",
         "blocks that the driver refused to take back are not tried again",
         "libvmm/src/queue.c",
-        replaces("bool retry = pool->parked_bytes > 0;", "bool retry = false;"),
+        replaces("bool retry = pool->bytes[POOL_PARKED] > 0;", "bool retry = false;"),
         C.format("test_undo"),
     ),
     Defect(
         "undo-late",
         "an undo unmaps what submitted work may have touched",
         "libvmm/src/range.c",
-        replaces("        if (touched)\n            continue;\n", "        (void)touched;\n"),
+        replaces(
+            "        put_back(change->range, mark, touched);\n",
+            "        put_back(change->range, mark, false);\n",
+            "        if (!touched && work)\n",
+            "        if (work)\n",
+        ),
         C.format("test_undo"),
     ),
     Defect(
@@ -150,6 +150,39 @@ DEFECTS = [
             "return held > pool->max_bytes ? held - pool->max_bytes : 0;",
         ),
         C.format("test_budget"),
+    ),
+    Defect(
+        "taken-over",
+        "a closed tensor's range is taken over while the device may still touch it",
+        "libvmm/src/queue.c",
+        replaces("(bare || entry->epoch < fences) &&", "(bare || fences + 1) &&"),
+        C.format("test_recycle"),
+    ),
+    Defect(
+        "not-given-up",
+        "recycled memory stays when the budget has no room",
+        "libvmm/src/queue.c",
+        replaces(
+            "picks[] = {PICK_AHEAD, PICK_RETIRED, PICK_ALL};",
+            "picks[] = {PICK_AHEAD, PICK_AHEAD, PICK_AHEAD};",
+        ),
+        C.format("test_recycle"),
+    ),
+    Defect(
+        "ahead-budget",
+        "look-ahead does not ask the budget",
+        "libvmm/src/pool.c",
+        replaces(
+            "    if (over_budget(work->pool, bytes))\n        return VMM_ERR_OUT_OF_MEMORY;\n", ""
+        ),
+        C.format("test_lookahead"),
+    ),
+    Defect(
+        "ahead-revived",
+        "a failed launch leaves blocks that were mapped ahead in use",
+        "libvmm/src/range.c",
+        replaces("    make_spare(range, lane, mark->n_live);\n", ""),
+        C.format("test_lookahead"),
     ),
     Defect(
         "not-ready",
