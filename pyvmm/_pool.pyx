@@ -252,7 +252,7 @@ cdef class Pool:
         return (
             f"<pyvmm.Pool of {self.device_name}, block_size={self.asked_block_size}: "
             f"{stats['in_use_bytes']} bytes in use{budget}, {stats['free_bytes']} free, "
-            f"{stats['queued_bytes']} queued>"
+            f"{stats['queued_bytes']} queued, {stats['recycled_bytes']} recycled>"
         )
 
     def stats(self):

@@ -24,13 +24,6 @@ static vmm_spec make_spec(size_t n_blocks) {
                       .block_bytes = granule};
 }
 
-static vmm_pool_stats stats_of(const fixture *f) {
-    vmm_pool_stats stats;
-
-    CHECK_OK(vmm_pool_statistics(f->pool, &stats));
-    return stats;
-}
-
 static fixture with_pool(const fixture *f, size_t max_bytes, size_t ahead_bytes) {
     fixture own = *f;
 
@@ -44,12 +37,12 @@ static fixture with_pool(const fixture *f, size_t max_bytes, size_t ahead_bytes)
 /* Until look-ahead holds between `least` and `most` bytes. */
 static void await_ahead(const fixture *f, size_t least, size_t most) {
     for (int i = 0; i < 20000; i++) {
-        size_t bytes = stats_of(f).lookahead_bytes;
+        size_t bytes = pool_stats(f->pool).lookahead_bytes;
         if (bytes >= least && bytes <= most)
             return;
         usleep(500);
     }
-    FAIL("%zu bytes ahead, not %zu to %zu", stats_of(f).lookahead_bytes, least, most);
+    FAIL("%zu bytes ahead, not %zu to %zu", pool_stats(f->pool).lookahead_bytes, least, most);
 }
 
 /* Growth finds its blocks: no call is made for it, and what it takes is counted as in use. */
@@ -65,7 +58,7 @@ static void test_growth_finds_blocks(const fixture *f) {
         CHECK_OK(vmm_map(m.tensor, k * rows));
         CHECK(total_calls(m.tensor) == calls);
         CHECK_SIZE(vmm_mapped(m.tensor), k * rows);
-        CHECK_SIZE(stats_of(&own).in_use_bytes, k * granule);
+        CHECK_SIZE(pool_stats(own.pool).in_use_bytes, k * granule);
         model_append(&m, VMM_UINT8, rows, VMM_MEMORY_HOST, NULL);
     }
     model_check(&m);
@@ -84,10 +77,10 @@ static void test_off_and_on(const fixture *f) {
         await_ahead(&own, granule, AHEAD_BLOCKS * granule);
         CHECK_OK(vmm_pool_set_lookahead(own.pool, 0));
         CHECK_SIZE(vmm_pool_lookahead(own.pool), 0);
-        CHECK_SIZE(stats_of(&own).lookahead_bytes, 0);
+        CHECK_SIZE(pool_stats(own.pool).lookahead_bytes, 0);
         CHECK_OK(vmm_pool_set_lookahead(own.pool, 0)); /* it is off already */
         model_append(&m, VMM_UINT8, 1, VMM_MEMORY_HOST, NULL);
-        CHECK_SIZE(stats_of(&own).lookahead_bytes, 0);
+        CHECK_SIZE(pool_stats(own.pool).lookahead_bytes, 0);
         CHECK_OK(vmm_pool_set_lookahead(own.pool, AHEAD_BLOCKS * granule));
         CHECK_OK(vmm_pool_set_lookahead(own.pool, 2 * granule)); /* and changed */
         CHECK_SIZE(vmm_pool_lookahead(own.pool), 2 * granule);
@@ -106,7 +99,7 @@ static void test_idle(const fixture *f) {
     model_append(&m, VMM_UINT8, rows, VMM_MEMORY_HOST, NULL);
     await_ahead(&own, granule, AHEAD_BLOCKS * granule);
     await_ahead(&own, 0, 0);
-    CHECK_SIZE(stats_of(&own).in_use_bytes, granule);
+    CHECK_SIZE(pool_stats(own.pool).in_use_bytes, granule);
     model_append(&m, VMM_UINT8, rows, VMM_MEMORY_HOST, NULL); /* and is woken by the next */
     await_ahead(&own, granule, AHEAD_BLOCKS * granule);
     model_check(&m);
@@ -150,10 +143,10 @@ static void test_budget(const fixture *f) {
         model_append(&b, VMM_UINT8, rows, VMM_MEMORY_HOST, NULL);
         CHECK(held_bytes(own.pool) <= 8 * granule);
     }
-    CHECK_SIZE(stats_of(&own).in_use_bytes, 8 * granule);
+    CHECK_SIZE(pool_stats(own.pool).in_use_bytes, 8 * granule);
     CHECK_STATUS(vmm_grow(b.tensor, rows, NULL), VMM_ERR_OUT_OF_MEMORY);
-    CHECK_SIZE(stats_of(&own).lookahead_bytes, 0);
-    CHECK(stats_of(&own).peak_bytes <= 8 * granule);
+    CHECK_SIZE(pool_stats(own.pool).lookahead_bytes, 0);
+    CHECK(pool_stats(own.pool).peak_bytes <= 8 * granule);
     model_check(&a);
     model_check(&b);
     model_close(&b);
@@ -192,7 +185,7 @@ static void test_refused(const fixture *f) {
         CHECK(failed() == 1);
         fail_none();
         await_ahead(&own, granule, AHEAD_BLOCKS * granule); /* tried again */
-        CHECK_SIZE(stats_of(&own).parked_bytes, 0);
+        CHECK_SIZE(pool_stats(own.pool).parked_bytes, 0);
         model_append(&m, VMM_UINT8, 4 * rows, VMM_MEMORY_HOST, NULL);
         model_check(&m);
         model_close(&m);
@@ -221,8 +214,8 @@ static void test_undo(const fixture *f) {
         CHECK(fail("cuLaunchKernel", 1, UNKNOWN, 1) == 0);
         CHECK_STATUS(vmm_append(m.tensor, &source, NULL), VMM_ERR_DRIVER);
         CHECK_SIZE(vmm_mapped(m.tensor), rows);
-        CHECK_SIZE(stats_of(&own).in_use_bytes, granule);
-        CHECK_SIZE(stats_of(&own).queued_bytes, 0);
+        CHECK_SIZE(pool_stats(own.pool).in_use_bytes, granule);
+        CHECK_SIZE(pool_stats(own.pool).queued_bytes, 0);
         model_append(&m, VMM_UINT8, rows, VMM_MEMORY_DEVICE, NULL);
         model_check(&m);
     }
@@ -307,7 +300,7 @@ static void test_threads(const fixture *f) {
     }
     for (size_t i = 0; i < LENGTH_OF(writers); i++)
         CHECK(pthread_join(threads[i], NULL) == 0);
-    CHECK_SIZE(stats_of(&own).in_use_bytes, 0);
+    CHECK_SIZE(pool_stats(own.pool).in_use_bytes, 0);
     CHECK_OK(vmm_pool_close(own.pool));
 }
 

@@ -21,13 +21,6 @@ static vmm_spec make_spec(size_t n_blocks) {
                       .block_bytes = granule};
 }
 
-static vmm_pool_stats stats_of(const fixture *f) {
-    vmm_pool_stats stats;
-
-    CHECK_OK(vmm_pool_statistics(f->pool, &stats));
-    return stats;
-}
-
 static fixture with_pool(const fixture *f, size_t max_bytes) {
     fixture own = *f;
 
@@ -70,11 +63,11 @@ static void test_open_after_close(const fixture *f) {
     fixture own = with_pool(f, 0);
     vmm_spec spec = make_spec(16);
     void *base = close_used(&own, &spec, 16);
-    vmm_pool_stats before = stats_of(&own);
+    vmm_pool_stats before = pool_stats(own.pool);
 
     CHECK_SIZE(before.queued_bytes, 16 * granule);
     model m = model_open(&own, &spec);
-    vmm_pool_stats opened = stats_of(&own);
+    vmm_pool_stats opened = pool_stats(own.pool);
     CHECK(m.base == base);
     CHECK(same_but(&before, &opened, VMM_CALL_fence, VMM_CALL_event_query));
     CHECK(opened.driver_calls[VMM_CALL_fence] == before.driver_calls[VMM_CALL_fence] + 1);
@@ -90,7 +83,7 @@ static void test_open_after_close(const fixture *f) {
     for (size_t k = 1; k <= 16; k++) {
         model_grow(&m, rows, false);
         CHECK_SIZE(vmm_mapped(m.tensor), k * rows);
-        CHECK_SIZE(stats_of(&own).recycled_bytes, (16 - k) * granule);
+        CHECK_SIZE(pool_stats(own.pool).recycled_bytes, (16 - k) * granule);
         CHECK_SIZE(held_bytes(own.pool), 16 * granule);
     }
     CHECK(pool_calls(own.pool) == calls && simulated_calls(f) == seen);
@@ -157,9 +150,9 @@ static void test_other_geometry(const fixture *f) {
 
     blocks.block_bytes = 2 * granule;
     for (size_t i = 0; i < LENGTH_OF(others); i++) {
-        vmm_pool_stats before = stats_of(&own), after;
+        vmm_pool_stats before = pool_stats(own.pool), after;
         model m = model_open(&own, others[i]);
-        after = stats_of(&own);
+        after = pool_stats(own.pool);
         CHECK(m.base != base);
         CHECK(same_but(&before, &after, VMM_CALL_reserve, VMM_CALL_reserve));
         model_close(&m);
@@ -194,11 +187,11 @@ static void test_in_flight(const fixture *f) {
     model_close(&m);
 
     model fresh = model_open(&own, &spec), more;
-    vmm_pool_stats stats = stats_of(&own);
+    vmm_pool_stats stats = pool_stats(own.pool);
     CHECK(fresh.base != base && stats.queued_bytes == 4 * granule && stats.recycled_bytes == 0);
     CHECK(stats.driver_calls[VMM_CALL_fence] == 1 && stats.driver_calls[VMM_CALL_event_query] == 1);
     more = model_open(&own, &spec); /* the fence is pending: one query */
-    stats = stats_of(&own);
+    stats = pool_stats(own.pool);
     CHECK(more.base != base);
     CHECK(stats.driver_calls[VMM_CALL_fence] == 1 && stats.driver_calls[VMM_CALL_event_query] == 2);
     model_append(&fresh, VMM_UINT8, 4 * rows, VMM_MEMORY_HOST, NULL); /* its own blocks */
@@ -227,7 +220,7 @@ static void test_capture(const fixture *f) {
 
     CHECK_OK(vmm_pool_capture_begin(own.pool));
     model m = model_open(&own, &spec);
-    CHECK(m.base != base && stats_of(&own).driver_calls[VMM_CALL_fence] == 0);
+    CHECK(m.base != base && pool_stats(own.pool).driver_calls[VMM_CALL_fence] == 0);
     CHECK_OK(vmm_pool_capture_end(own.pool));
     model_close(&m);
     CHECK_OK(vmm_pool_close(own.pool));
@@ -248,7 +241,7 @@ static void test_pressure(const fixture *f) {
         CHECK(held_bytes(own.pool) <= 8 * granule);
     }
     CHECK_STATUS(vmm_grow(big.tensor, rows, NULL), VMM_ERR_OUT_OF_MEMORY);
-    CHECK_SIZE(stats_of(&own).in_use_bytes, 8 * granule);
+    CHECK_SIZE(pool_stats(own.pool).in_use_bytes, 8 * granule);
     model_check(&big);
     model_close(&big);
     CHECK_OK(vmm_pool_trim(own.pool, 1));
@@ -263,13 +256,13 @@ static void test_high_water(const fixture *f) {
     vmm_spec specs[] = {make_spec(4), make_spec(5), make_spec(6)};
 
     close_used(&own, &specs[0], 4);
-    CHECK_SIZE(stats_of(&own).driver_calls[VMM_CALL_create], 4);
+    CHECK_SIZE(pool_stats(own.pool).driver_calls[VMM_CALL_create], 4);
     close_used(&own, &specs[1], 4); /* 4 in use at most, 4 recycled: no more than was needed */
-    CHECK_SIZE(stats_of(&own).driver_calls[VMM_CALL_unmap], 0);
+    CHECK_SIZE(pool_stats(own.pool).driver_calls[VMM_CALL_unmap], 0);
     CHECK_SIZE(held_bytes(own.pool), 8 * granule);
     for (int i = 0; i < 6; i++) {
         close_used(&own, &specs[(i + 2) % 3], 4);
-        vmm_pool_stats stats = stats_of(&own);
+        vmm_pool_stats stats = pool_stats(own.pool);
         CHECK(held_bytes(own.pool) <= 3 * 4 * granule);
         CHECK(stats.driver_calls[VMM_CALL_create] <= 12);
     }
@@ -314,10 +307,10 @@ static void test_undo(const fixture *f) {
     close_used(&own, &spec, 4);
     model m = model_open(&own, &spec);
     model_append(&m, VMM_UINT8, rows, VMM_MEMORY_DEVICE, NULL);
-    vmm_pool_stats before = stats_of(&own), after;
+    vmm_pool_stats before = pool_stats(own.pool), after;
     CHECK(fail("cuLaunchKernel", 1, UNKNOWN, 1) == 0);
     CHECK_STATUS(vmm_append(m.tensor, &source, NULL), VMM_ERR_DRIVER);
-    after = stats_of(&own);
+    after = pool_stats(own.pool);
     CHECK(before.recycled_bytes == 3 * granule && after.recycled_bytes == 3 * granule);
     CHECK(after.queued_bytes == 0 && after.in_use_bytes == granule);
     CHECK(same_but(&before, &after, VMM_CALL_launch, VMM_CALL_launch));
@@ -351,9 +344,9 @@ static void test_alloc(const fixture *f) {
     CHECK_OK(vmm_pool_alloc(own.pool, 3 * granule, NULL, &first));
     CHECK_OK(vmm_pool_free(own.pool, first));
     synchronize(f);
-    vmm_pool_stats before = stats_of(&own), after;
+    vmm_pool_stats before = pool_stats(own.pool), after;
     CHECK_OK(vmm_pool_alloc(own.pool, 3 * granule, NULL, &second));
-    after = stats_of(&own);
+    after = pool_stats(own.pool);
     CHECK(second == first);
     CHECK(after.driver_calls[VMM_CALL_map] == before.driver_calls[VMM_CALL_map]);
     CHECK(after.driver_calls[VMM_CALL_set_access] == before.driver_calls[VMM_CALL_set_access]);
