@@ -118,7 +118,13 @@ def _caches(device: str) -> Iterator[tuple[str, _Cache, int, int]]:
 def _bytes_of(pool: Pool) -> tuple[int, int]:
     """In use, and kept unused."""
     stats = pool.stats()
-    unused = stats["free_bytes"] + stats["queued_bytes"] + stats["parked_bytes"]
+    unused = (
+        stats["free_bytes"]
+        + stats["queued_bytes"]
+        + stats["lookahead_bytes"]
+        + stats["recycled_bytes"]
+        + stats["parked_bytes"]
+    )
     return stats["in_use_bytes"], unused
 
 

@@ -106,25 +106,25 @@ vmm_status control_take(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, co
     return VMM_OK;
 }
 
-static vmm_status reclaim_control(pool_entry *entry, pool_work *work, bool fenced, bool retired,
-                                  bool *gone) {
-    (void)work, (void)retired;
-    control_block *control = (control_block *)entry;
-    if (!fenced)
-        return VMM_OK;
-    pthread_mutex_lock(&control->pool->lock);
-    memset(&control->slab->is_taken[control->first], false, control->n_cells);
-    pthread_mutex_unlock(&control->pool->lock);
-    free(control);
-    *gone = true;
+static vmm_status finish_control(pool_entry *entry, pool_work *work, int may_go, bool *gone) {
+    (void)entry, (void)work;
+    *gone = may_go & RECLAIM_USED;
     return VMM_OK;
+}
+
+/* Under the pool's lock. */
+static void discard_control(pool_entry *entry) {
+    control_block *control = (control_block *)entry;
+    memset(&control->slab->is_taken[control->first], false, control->n_cells);
+    free(control);
 }
 
 void control_put(control_block *control) {
     vmm_pool *pool = control->pool;
     memset(&control->entry, 0, sizeof control->entry);
-    control->entry.retired = true;
-    control->entry.reclaim = reclaim_control;
+    control->entry.retired = control->entry.trimmed = true; /* of use to nobody */
+    control->entry.reclaim = finish_control;
+    control->entry.discard = discard_control;
     pthread_mutex_lock(&pool->lock);
     pool_enqueue_locked(pool, &control->entry);
     pthread_mutex_unlock(&pool->lock);

@@ -249,10 +249,16 @@ static inline uint64_t pool_calls(vmm_pool *pool) {
     return sum;
 }
 
-static inline size_t held_bytes(vmm_pool *pool) {
+static inline vmm_pool_stats pool_stats(vmm_pool *pool) {
     vmm_pool_stats stats;
 
     CHECK_OK(vmm_pool_statistics(pool, &stats));
+    return stats;
+}
+
+static inline size_t held_bytes(vmm_pool *pool) {
+    vmm_pool_stats stats = pool_stats(pool);
+
     return stats.in_use_bytes + stats.free_bytes + stats.queued_bytes + stats.lookahead_bytes +
            stats.recycled_bytes + stats.parked_bytes;
 }

@@ -31,12 +31,7 @@ DEFECTS = [
         "access",
         "no access call for blocks that are taken back into use",
         "libvmm/src/range.c",
-        replaces(
-            "size_t open_from = lane->live_bytes;",
-            "size_t open_from = lane->total_bytes;",
-            "    /* Revived blocks may be the remains of an undo, which have none. */\n",
-            "    if (open_from >= lane->live_bytes)\n        return VMM_OK;\n",
-        ),
+        replaces("               lane->live_bytes < lane->open_bytes)\n", "               true)\n"),
         C.format("test_undo"),
     ),
     Defect(
@@ -53,10 +48,10 @@ DEFECTS = [
     Defect(
         "fence",
         "queued blocks are unmapped without a fence",
-        "libvmm/src/pool.c",
+        "libvmm/src/queue.c",
         replaces(
-            "!parked_only && (!pool->device->ops->is_async || pool->fences_passed > entry->epoch);",
-            "!parked_only;",
+            "    return !pool->device->ops->is_async || pool->fences_passed > entry->epoch;",
+            "    (void)pool, (void)entry;\n    return true;",
         ),
         C.format("test_queue"),
     ),
@@ -99,9 +94,9 @@ DEFECTS = [
         "a block is given back to the pool twice",
         "libvmm/src/range.c",
         replaces(
-            "    pool_give_block(work, block, release);\n    return VMM_OK;\n",
-            "    pool_give_block(work, block, release);\n"
-            "    pool_give_block(work, block, release);\n    return VMM_OK;\n",
+            "    pool_give_block(work, block, release && block->fresh);\n",
+            "    pool_give_block(work, block, release && block->fresh);\n"
+            "    pool_give_block(work, block, release && block->fresh);\n",
         ),
         C.format("test_queue"),
     ),
@@ -111,7 +106,7 @@ DEFECTS = [
         "a closed tensor's reservation is not returned",
         "libvmm/src/range.c",
         replaces(
-            "first = DRIVER(pool, work->tensor_calls, free, range->base, range->bytes);",
+            "first = DRIVER(range->pool, work->tensor_calls, free, range->base, range->bytes);",
             "first = VMM_OK;",
         ),
         C.format("test_lifetime"),
@@ -119,21 +114,26 @@ DEFECTS = [
     Defect(
         "parked",
         "blocks that the driver refused to take back are not tried again",
-        "libvmm/src/pool.c",
-        replaces("bool retry = pool->parked_bytes > 0;", "bool retry = false;"),
+        "libvmm/src/queue.c",
+        replaces("bool retry = pool->bytes[POOL_PARKED] > 0;", "bool retry = false;"),
         C.format("test_undo"),
     ),
     Defect(
         "undo-late",
         "an undo unmaps what submitted work may have touched",
         "libvmm/src/range.c",
-        replaces("        if (touched)\n            continue;\n", "        (void)touched;\n"),
+        replaces(
+            "        put_back(change->range, mark, touched);\n",
+            "        put_back(change->range, mark, false);\n",
+            "        if (!touched && work)\n",
+            "        if (work)\n",
+        ),
         C.format("test_undo"),
     ),
     Defect(
         "epoch",
         "what is queued after a fence was recorded counts as before it",
-        "libvmm/src/pool.c",
+        "libvmm/src/queue.c",
         replaces(
             "    entry->epoch = pool->fences_recorded;\n",
             "    if (!entry->linked)\n        entry->epoch = pool->fences_recorded;\n",
@@ -149,6 +149,39 @@ DEFECTS = [
             "return held > pool->max_bytes ? held - pool->max_bytes : 0;",
         ),
         C.format("test_budget"),
+    ),
+    Defect(
+        "taken-over",
+        "a closed tensor's range is taken over while the device may still touch it",
+        "libvmm/src/queue.c",
+        replaces("(bare || entry->epoch < fences) &&", "(bare || fences + 1) &&"),
+        C.format("test_recycle"),
+    ),
+    Defect(
+        "not-given-up",
+        "recycled memory stays when the budget has no room",
+        "libvmm/src/queue.c",
+        replaces(
+            "picks[] = {PICK_AHEAD, PICK_RETIRED, PICK_ALL};",
+            "picks[] = {PICK_AHEAD, PICK_AHEAD, PICK_AHEAD};",
+        ),
+        C.format("test_recycle"),
+    ),
+    Defect(
+        "ahead-budget",
+        "look-ahead does not ask the budget",
+        "libvmm/src/pool.c",
+        replaces(
+            "    if (over_budget(work->pool, bytes))\n        return VMM_ERR_OUT_OF_MEMORY;\n", ""
+        ),
+        C.format("test_lookahead"),
+    ),
+    Defect(
+        "ahead-revived",
+        "a failed launch leaves blocks that were mapped ahead in use",
+        "libvmm/src/range.c",
+        replaces("    make_spare(range, lane, mark->n_live);\n", ""),
+        C.format("test_lookahead"),
     ),
     Defect(
         "not-ready",
@@ -247,14 +280,14 @@ DEFECTS = [
     Defect(
         "capture-fence",
         "a fence is taken between capture_begin() and capture_end()",
-        "libvmm/src/pool.c",
+        "libvmm/src/queue.c",
         replaces("capture = pool->device->captures;", "capture = 0;"),
         PY.format("test_pool.py::test_no_fence_between_capture_begin_and_end"),
     ),
     Defect(
         "own-capture",
         "a fence is taken while the append's own stream is captured",
-        "libvmm/src/pool.c",
+        "libvmm/src/queue.c",
         replaces("if (!status && capture)", "if (!status && pool->device->captures)"),
         C.format("test_streams"),
     ),

@@ -672,6 +672,27 @@ class Machine(RuleBasedStateMachine):
             assert tracked.t.mapped >= n_rows
             tracked.fresh = False
 
+    @step(n=picks, size=sizes, n_ahead=st.sampled_from([1, 3]))
+    def map_with_lookahead(self, n, size, n_ahead):
+        """On for one growth: while the thread is at work, no driver call is made to fail."""
+        tracked = self.pick(n)
+        pool = tracked.home.pool
+        if pool.closed:
+            return
+        n_rows = tracked.rows_of(size)
+        pool.lookahead = n_ahead * self.block
+        mapped, _ = self.attempt(
+            lambda: tracked.t.map(n_rows),
+            CapacityError=n_rows > tracked.model.capacity,
+            OutOfMemoryError=self.may_run_out(tracked.home),
+        )
+        assert held(pool).get("lookahead", 0) <= n_ahead * self.block
+        pool.lookahead = None
+        assert "lookahead" not in held(pool)
+        if mapped:
+            assert tracked.t.mapped >= n_rows
+            tracked.fresh = False
+
     # ---- shrinking --------------------------------------------------------------------
 
     @step(n=picks, share=st.floats(0, 1), stream=streams, fault=faults)

@@ -38,6 +38,13 @@ ENDINGS = {
     "a tensor without its pool": "p = pyvmm.Pool(DEVICE); u = make(pool=p); u.grow(3); del p",
     "a pool without tensors": "p = pyvmm.Pool(DEVICE, max_bytes='64MiB')",
     "a pool with queued memory": "p = pyvmm.Pool(DEVICE); make(pool=p).grow(9); t.close()",
+    "look-ahead at work": """
+        p = pyvmm.Pool(DEVICE, lookahead=True); u = make(pool=p)
+        for _ in range(50): u.grow(20)
+    """,
+    "look-ahead of a pool that is gone": """
+        p = pyvmm.Pool(DEVICE, lookahead=True); u = make(pool=p); u.grow(999); del p
+    """,
     "an out-of-memory callback": """
         p = pyvmm.Pool(DEVICE)
         p.on_oom(lambda n_bytes: p.trim() and t)

@@ -107,6 +107,18 @@ def test_other_pools_give_back_what_they_do_not_use():
     assert said.split() == ["56", "0"]
 
 
+def test_other_pools_give_back_what_they_recycle():
+    said = small_device("""
+        first, second = pyvmm.Pool("cuda:0"), pyvmm.Pool("cuda:0")
+        rows(first, 40).close()
+        next_one = rows(first, 0)  # takes it over
+        print(first.stats()["recycled_bytes"] // MIB)
+        t = rows(second, 56)
+        print(t.length, first.stats()["recycled_bytes"])
+    """)
+    assert said.split() == ["40", "56", "0"]
+
+
 def test_an_exhausted_budget_leaves_the_others_alone():
     said = small_device("""
         pool, other = pyvmm.Pool("cuda:0", max_bytes="8MiB"), pyvmm.Pool("cuda:0")
