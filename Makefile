@@ -259,7 +259,7 @@ test-programs: $(C_TESTS) $(SWEEP) $(SIM) $(BUILD)/tests/conformance/probes
 
 # What does not compile is a failure that run_tests.py reports with the others. Another make,
 # since setup.py may have installed an nvcc, or built the library, that this one did not see.
-TEST_PROGRAMS = $(MAKE) --no-print-directory --keep-going test-programs || true
+TEST_PROGRAMS = $(MAKE) --no-print-directory --keep-going test-programs bench-programs || true
 
 test: venv $(call have,test) $(foreach name,$(WITH),$(call have,$(name)))
 	@$(IN_VENV)

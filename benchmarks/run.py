@@ -102,12 +102,13 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=[], metavar="NAME")
     parser.add_argument("--language", choices=("c", "python"))
     parser.add_argument("--quick", action="store_true", help="few samples, for the tests")
+    parser.add_argument("--summary", action="store_true", help="of what is in the folder, no more")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one benchmark")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    to_run = commands(options)
+    to_run = [] if options.summary else commands(options)
     outputs, failed = [], []
-    with progress("benchmarks", len(to_run)) as advance:
+    with progress("benchmarks", len(to_run) or 1) as advance:
         for name, command in to_run:
             command += [options.device, "--out", str(options.out), *["--quick"] * options.quick]
             begin = time.perf_counter()
