@@ -114,6 +114,8 @@ static inline void bench_open(bench *b, const char *name, int argc, char **argv)
             exit(2);
         }
     }
+    if (b->out)
+        mkdir(b->out, 0777); /* what keeps it from being there, opening a file in it tells */
     vmm_status status = vmm_device_open(device, &b->device);
     if (status == VMM_ERR_NO_DRIVER || status == VMM_ERR_NO_DEVICE)
         BENCH_SKIP("%s", vmm_last_error()->message);
@@ -242,8 +244,8 @@ typedef struct bench_source {
 static inline void bench_source_open(bench *b, vmm_pool *pool, size_t row_bytes,
                                      bench_source *source) {
     *source = (bench_source){.shape = {1, (int64_t)row_bytes}, .host = bench_buffer(row_bytes)};
-    source->array = (vmm_array){
-        .data = source->host, .dtype = VMM_UINT8, .ndim = 2, .shape = source->shape};
+    source->array =
+        (vmm_array){.data = source->host, .dtype = VMM_UINT8, .ndim = 2, .shape = source->shape};
     if (!b->is_gpu)
         return;
     vmm_spec spec = {.ndim = 2, .shape = source->shape, .dtype = VMM_UINT8, .capacity = 1};

@@ -131,7 +131,7 @@ static void appends(bench *b, bench_cuda *cuda, vmm_pool *pool, size_t row_bytes
     size_t n_rows = (size_t)rows_of(row_bytes), ahead = n_rows / 4;
     vmm_spec spec = {.ndim = 2, .shape = shape, .dtype = VMM_UINT8, .capacity = n_rows + ahead};
     bench_source source;
-    char baseline[64];
+    char baseline[64] = "";
     vmm_tensor *tensor;
 
     bench_source_open(b, pool, row_bytes, &source);
@@ -139,7 +139,8 @@ static void appends(bench *b, bench_cuda *cuda, vmm_pool *pool, size_t row_bytes
         cuda_baselines(b, cuda, row_bytes, size);
     else if (!b->is_gpu)
         host_baselines(b, row_bytes, size, source.host);
-    snprintf(baseline, sizeof baseline, "base/concatenate/%s", size);
+    if (cuda || !b->is_gpu)
+        snprintf(baseline, sizeof baseline, "base/concatenate/%s", size);
 
     BENCH_OK(vmm_reserve(pool, &spec, &tensor));
     BENCH_OK(vmm_map(tensor, n_rows + ahead));

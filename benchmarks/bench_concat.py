@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from bench import Bench, keep_large_blocks, timed
 
-import pyvmm
 from pyvmm import _bench
 
 TIMES = 50

@@ -14,14 +14,12 @@
 
 #define ROW_BYTES (64 * KIB)
 
-static const vmm_call counted[] = {VMM_CALL_reserve,     VMM_CALL_create,      VMM_CALL_map,
-                                   VMM_CALL_set_access,  VMM_CALL_unmap,       VMM_CALL_release,
-                                   VMM_CALL_free,        VMM_CALL_event_record, VMM_CALL_event_query,
-                                   VMM_CALL_fence};
-static const char *const names[] = {"calls_reserve", "calls_create",       "calls_map",
-                                    "calls_set_access", "calls_unmap",     "calls_release",
-                                    "calls_free",    "calls_event_record", "calls_event_query",
-                                    "calls_fence"};
+static const vmm_call counted[] = {
+    VMM_CALL_reserve, VMM_CALL_create, VMM_CALL_map,          VMM_CALL_set_access,  VMM_CALL_unmap,
+    VMM_CALL_release, VMM_CALL_free,   VMM_CALL_event_record, VMM_CALL_event_query, VMM_CALL_fence};
+static const char *const names[] = {
+    "calls_reserve", "calls_create", "calls_map",          "calls_set_access",  "calls_unmap",
+    "calls_release", "calls_free",   "calls_event_record", "calls_event_query", "calls_fence"};
 #define N_COUNTED (sizeof counted / sizeof *counted)
 
 enum { OPEN, MAP, CLOSE, N_STEPS };

@@ -42,8 +42,7 @@ static void read_blocks(bench *b, bench_cuda *cuda, const char *base, size_t byt
     double *theirs = malloc(sizeof *theirs * (size_t)times);
     CUdeviceptr plain = 0, target = 0;
     char *host = NULL;
-    vmm_spec spec = {
-        .ndim = 2, .shape = shape, .dtype = VMM_UINT8, .capacity = bytes / (64 * KIB)};
+    vmm_spec spec = {.ndim = 2, .shape = shape, .dtype = VMM_UINT8, .capacity = bytes / (64 * KIB)};
     vmm_pool *pool;
     vmm_tensor *tensor;
 
@@ -68,7 +67,8 @@ static void read_blocks(bench *b, bench_cuda *cuda, const char *base, size_t byt
     }
     for (int i = -2; i < times; i++) {
         double other = read_once(cuda, host, plain, target, bytes);
-        double ours = read_once(cuda, vmm_base(tensor), (CUdeviceptr)vmm_base(tensor), target, bytes);
+        double ours =
+            read_once(cuda, vmm_base(tensor), (CUdeviceptr)vmm_base(tensor), target, bytes);
         if (i < 0)
             continue;
         theirs[i] = other;

@@ -20,8 +20,7 @@ typedef struct step {
 static void decode(bench *b, const step *step, size_t block_bytes, const char *base,
                    const char *id) {
     const int64_t shape[] = {0, (int64_t)step->row_bytes};
-    vmm_spec spec = {
-        .ndim = 2, .shape = shape, .dtype = VMM_UINT8, .capacity = step->tokens};
+    vmm_spec spec = {.ndim = 2, .shape = shape, .dtype = VMM_UINT8, .capacity = step->tokens};
     vmm_tensor *tensors[TENSORS];
     vmm_array sources[TENSORS];
     vmm_pool *pool, *others;
@@ -137,8 +136,11 @@ int main(int argc, char **argv) {
     static const struct {
         size_t bytes;
         const char *text;
-    } sizes[] = {{VMM_BLOCK_AUTO, "auto"}, {2 * MIB, "2MiB"},     {16 * MIB, "16MiB"},
-                 {32 * MIB, "32MiB"},      {128 * MIB, "128MiB"}};
+    } sizes[] = {{VMM_BLOCK_AUTO, "auto"},
+                 {2 * MIB, "2MiB"},
+                 {16 * MIB, "16MiB"},
+                 {32 * MIB, "32MiB"},
+                 {128 * MIB, "128MiB"}};
     static bench b;
     bench_cuda cuda;
 

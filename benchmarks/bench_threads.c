@@ -65,18 +65,10 @@ static void *work(void *argument) {
             BENCH_OK(vmm_truncate(tensor, 0, VMM_STREAM_NONE));
         double begin = bench_now();
         switch (w->kind) {
-        case CYCLE:
-            cycle(w->pool, block_bytes);
-            break;
-        case APPEND:
-            BENCH_OK(vmm_append(tensor, w->source, VMM_STREAM_PER_THREAD));
-            break;
-        case MALLOC:
-            free(bench_buffer(bytes));
-            break;
-        case MEMCPY:
-            memcpy(target + (size_t)i % n_rows * ROW_BYTES, row, ROW_BYTES);
-            break;
+        case CYCLE: cycle(w->pool, block_bytes); break;
+        case APPEND: BENCH_OK(vmm_append(tensor, w->source, VMM_STREAM_PER_THREAD)); break;
+        case MALLOC: free(bench_buffer(bytes)); break;
+        case MEMCPY: memcpy(target + (size_t)i % n_rows * ROW_BYTES, row, ROW_BYTES); break;
         }
         w->ns[i] = bench_now() - begin;
         if (tensor && i % 64 == 63)

@@ -60,9 +60,7 @@ def capture(run: Run, pool: pyvmm.Pool, work: Callable[[], object]) -> torch.cud
     return graph
 
 
-def timed_replays(
-    run: Run, n: int, step: Callable[[], object]
-) -> tuple[list[float], list[float]]:
+def timed_replays(run: Run, n: int, step: Callable[[], object]) -> tuple[list[float], list[float]]:
     """Host time of each, and device time of a hundred of them."""
     host, device = [], []
     with torch.cuda.stream(run.stream):

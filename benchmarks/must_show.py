@@ -76,7 +76,12 @@ def at_most(run: Run, point: str, what: str, ns: Callable[[], float], most: floa
 
 
 def times_less(
-    run: Run, point: str, what: str, base: Callable[[], float], ours: Callable[[], float], least: float
+    run: Run,
+    point: str,
+    what: str,
+    base: Callable[[], float],
+    ours: Callable[[], float],
+    least: float,
 ) -> None:
     def measure() -> tuple[str, bool]:
         a, b = base(), ours()
@@ -87,11 +92,13 @@ def times_less(
 
 def point_1(run: Run) -> None:
     c, python = "c", "python"
+    at_most(run, "1", "grow(1) in C", lambda: run.p50("bench_grow", c, "grow/within/16KiB"), 15)
     at_most(
-        run, "1", "grow(1) in C", lambda: run.p50("bench_grow", c, "grow/within/16KiB"), 15
-    )
-    at_most(
-        run, "1", "grow(1) in Python", lambda: run.p50("bench_grow", python, "grow/within/16KiB"), 150
+        run,
+        "1",
+        "grow(1) in Python",
+        lambda: run.p50("bench_grow", python, "grow/within/16KiB"),
+        150,
     )
 
     def host() -> tuple[str, bool]:
@@ -107,7 +114,9 @@ def point_1(run: Run) -> None:
         return f"{format_ns(ours)}, bare {format_ns(bare)}", ours <= bare + 800
 
     run.show(
-        "1", "append of a row of a VTensor from Python, host time", "≤ a bare launch + 800 ns",
+        "1",
+        "append of a row of a VTensor from Python, host time",
+        "≤ a bare launch + 800 ns",
         host_vtensor,
     )
     for layout, most in (("seq", 2200), ("lane", 2800)):
@@ -160,9 +169,14 @@ def point_3(run: Run) -> None:
             if key not in ours or key not in bare:
                 raise Missing("too few samples")
             ratio = ours[key] / bare[key]
-            return f"{ratio:.3g} ({format_ns(ours[key])}, bare {format_ns(bare[key])})", ratio <= 1.5
+            return (
+                f"{ratio:.3g} ({format_ns(ours[key])}, bare {format_ns(bare[key])})",
+                ratio <= 1.5,
+            )
 
-        run.show("3", f"{name} of appends, look-ahead on, C", "≤ 1.5 of as many bare launches", tail)
+        run.show(
+            "3", f"{name} of appends, look-ahead on, C", "≤ 1.5 of as many bare launches", tail
+        )
 
     def largest() -> tuple[str, None]:
         rows = [run.row(benchmark, "c", id) for id in ("on/all", "off/all", "base/cuLaunchKernel")]
@@ -242,9 +256,16 @@ def point_6(run: Run) -> None:
     def rate(id: str) -> float:
         return run.extra("peers", "python", id, "bytes_per_second") / 2**30
 
-    peers = [f"{name}/{size}{how}" for name, hows in (
-        ("kvcached", ("", "/once")), ("cuda.core", ("", "/grow")), ("torch", ("",)),
-    ) for size in ("2MiB", "32MiB") for how in hows]
+    peers = [
+        f"{name}/{size}{how}"
+        for name, hows in (
+            ("kvcached", ("", "/once")),
+            ("cuda.core", ("", "/grow")),
+            ("torch", ("",)),
+        )
+        for size in ("2MiB", "32MiB")
+        for how in hows
+    ]
     for peer in peers:
         size = peer.split("/")[1]
         ours = f"pyvmm/{size}{'/once' if peer.endswith('/once') else ''}"
@@ -277,10 +298,14 @@ def point_7(run: Run) -> None:
         text = f"{result['replays']} replays, {growths:g} blocks mapped"
         return "; ".join([text, *failures]), not failures and result["replays"] >= 10_000
 
-    run.show("7", "captured append through growth; overflow", "10 000, right to the last byte", right)
+    run.show(
+        "7", "captured append through growth; overflow", "10 000, right to the last byte", right
+    )
 
     def host() -> tuple[str, bool]:
-        ours, bare = (run.p50("gpu_replay", "python", f"replay/{name}") for name in ("ours", "bare"))
+        ours, bare = (
+            run.p50("gpu_replay", "python", f"replay/{name}") for name in ("ours", "bare")
+        )
         return f"{ours / bare:.3f} ({format_ns(ours)}, bare {format_ns(bare)})", ours <= 1.1 * bare
 
     run.show("7", "host time a replay, with map() and advance()", "≤ 1.1 of the graph alone", host)
@@ -293,7 +318,10 @@ def point_8(run: Run) -> None:
             def ratio(library: str = library, length: int = length) -> tuple[str, None]:
                 base = run.p50("bench_length", "python", f"base/{library}/{length}")
                 ours = run.p50("bench_length", "python", f"append/{length}")
-                return f"{base / ours:.4g} times ({format_ns(ours)} against {format_ns(base)})", None
+                return (
+                    f"{base / ours:.4g} times ({format_ns(ours)} against {format_ns(base)})",
+                    None,
+                )
 
             run.show("8", f"append of 16 KiB at {length} rows against {library}", "ratios", ratio)
     for context in (8192, 32768):
@@ -307,8 +335,16 @@ def point_8(run: Run) -> None:
         run.show("8", f"decode step at {context}, VMMCache / preallocated", "≤ 1.05", step)
 
 
-POINTS = {"1": point_1, "2": point_2, "3": point_3, "4": point_4, "5": point_5, "6": point_6,
-          "7": point_7, "8": point_8}
+POINTS = {
+    "1": point_1,
+    "2": point_2,
+    "3": point_3,
+    "4": point_4,
+    "5": point_5,
+    "6": point_6,
+    "7": point_7,
+    "8": point_8,
+}
 
 
 def table(run: Run) -> str:

@@ -177,7 +177,9 @@ def bare(run: Peers) -> None:
             begin = time.perf_counter_ns()
             for j in range(n):
                 handle, at = ctypes.c_uint64(), ctypes.c_uint64(base.value + j * piece)
-                check(cuda.cuMemCreate(ctypes.byref(handle), c_piece, ctypes.byref(properties), zero))
+                check(
+                    cuda.cuMemCreate(ctypes.byref(handle), c_piece, ctypes.byref(properties), zero)
+                )
                 check(cuda.cuMemMap(at, c_piece, ctypes.c_size_t(0), handle, zero))
                 check(cuda.cuMemSetAccess(at, c_piece, ctypes.byref(access), ctypes.c_size_t(1)))
                 handles.append(handle)
@@ -204,7 +206,9 @@ def build_kvcached(folder: Path) -> None:
     from torch.utils.cpp_extension import CUDA_HOME
 
     # Where there is no libcuda.so to link with, CUDA has one for that.
-    stubs = os.pathsep.join(str(path) for path in Path(CUDA_HOME or "/usr/local/cuda").glob("**/stubs"))
+    stubs = os.pathsep.join(
+        str(path) for path in Path(CUDA_HOME or "/usr/local/cuda").glob("**/stubs")
+    )
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=folder,
@@ -406,7 +410,11 @@ def main() -> int:
     run = Peers(options)
     bare(run)
     ours(run)
-    for name, measure in (("kvcached", of_kvcached), ("cuda.core", of_cuda_core), ("torch", of_torch)):
+    for name, measure in (
+        ("kvcached", of_kvcached),
+        ("cuda.core", of_cuda_core),
+        ("torch", of_torch),
+    ):
         run.attempt(name, lambda measure=measure: measure(run))
     run.bench.close(attempts=run.attempts)
     return 0

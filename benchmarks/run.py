@@ -53,7 +53,9 @@ def commands(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
 
 def cells(row: Result, p50: dict[str, float]) -> list[str]:
     base = p50.get(row["baseline"], 0)
-    times_less = f"{base / row['p50_ns']:.4g} × `{row['baseline']}`" if base and row["p50_ns"] else ""
+    times_less = (
+        f"{base / row['p50_ns']:.4g} × `{row['baseline']}`" if base and row["p50_ns"] else ""
+    )
     tail = [format_ns(row[key]) if key in row else "" for key in ("p999_ns", "max_ns")]
     extra = ", ".join(f"{name} {value:.6g}" for name, value in row.get("extra", {}).items())
     medians = [format_ns(row["p50_ns"]), format_ns(row["p99_ns"])]

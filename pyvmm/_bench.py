@@ -221,9 +221,7 @@ def append_many(bench: Bench) -> None:
 
 # ---- open ---------------------------------------------------------------------------------------
 
-_CALLS = (
-    "reserve create map set_access unmap release free event_record event_query fence".split()
-)
+_CALLS = "reserve create map set_access unmap release free event_record event_query fence".split()
 
 
 def open(bench: Bench) -> None:
