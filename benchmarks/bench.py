@@ -1,4 +1,4 @@
-"""What the Python benchmarks share: where pyvmm is, arguments, and its measuring (pyvmm/_measure.py).
+"""What the Python benchmarks share: where pyvmm is, arguments, its measuring (pyvmm/_measure.py).
 
 A benchmark is a script: bench_x.py [DEVICE] [--out FOLDER] [--quick]. Where bench_x.c is its twin,
 ids are the same but for baselines, which begin with "base/", and what one language alone has,

@@ -1,5 +1,5 @@
-"""bench_driver.c's twin: what the driver's part costs from Python, by block size. Ids as there; on the
-host base/numpy/S is a new array, touched."""
+"""bench_driver.c's twin: what the driver's part costs from Python, by block size. Ids as
+there; on the host base/numpy/S is a new array, touched."""
 
 import numpy as np
 from bench import Bench, timed

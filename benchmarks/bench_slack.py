@@ -1,5 +1,5 @@
-"""bench_slack.c's twin: slack and driver calls of a decode step of 32 layers from Python, by block size.
-Ids as there; on the host base/static is assignments to rows of arrays of the final size."""
+"""bench_slack.c's twin: slack and driver calls of a decode step of 32 layers from Python, by block
+size. Ids as there; on the host base/static is assignments to rows of arrays of the final size."""
 
 import time
 from typing import Any

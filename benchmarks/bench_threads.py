@@ -1,5 +1,5 @@
-"""bench_threads.c's twin: one pool under 1 to 16 Python threads. Ids as there. The interpreter's lock is
-given up around what may reach the driver, so threads are as parallel as that makes them."""
+"""bench_threads.c's twin: one pool under 1 to 16 Python threads. Ids as there. The interpreter's
+lock is given up around what may reach the driver, so threads are as parallel as that makes them."""
 
 import threading
 import time

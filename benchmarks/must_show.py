@@ -2,9 +2,9 @@
 
     python benchmarks/must_show.py FOLDER [--out FILE.md]
 
-FOLDER holds what benchmarks/gpu.sh wrote (points 1 to 7, on one NVIDIA H100) or what `make bench` and
-bench_transformers.py wrote on a host (point 8). What a result is missing for says so. Exits with 1
-if a figure misses its target, 0 otherwise.
+FOLDER holds what benchmarks/gpu.sh wrote (points 1 to 7, on one NVIDIA H100) or what `make bench`
+and bench_transformers.py wrote on a host (point 8). What a result is missing for says so. Exits
+with 1 if a figure misses its target, 0 otherwise.
 """
 
 from __future__ import annotations

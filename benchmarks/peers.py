@@ -2,29 +2,29 @@
 
     python benchmarks/peers.py [DEVICE] [--out FOLDER] [--kvcached FOLDER] [--bytes 2GiB] [--quick]
 
-Each maps the same bytes, in pieces of 2 MiB and of 32 MiB, new from the driver, from one thread with
-the device idle, several times over; between the rounds all of it is given back to the driver. Timed
-are these calls and no others; every one creates memory, maps it and opens access to it:
+Each maps the same bytes, in pieces of 2 MiB and of 32 MiB, new from the driver, from one thread
+with the device idle, several times over; between the rounds all of it is given back to the driver.
+Timed are these calls and no others; every one creates memory, maps it and opens access to it:
 
     pyvmm/S         t.map(n), for each piece one call; t's pool has blocks of S
     pyvmm/S/once    t.map(n) once, for all pieces
     pyvmm-auto/once t.map(n) once, block size "auto", the default
-    bare/S          cuMemCreate, cuMemMap and cuMemSetAccess by ctypes, for each piece: what any library
-                    must do at the least, and Python's cost of three calls
-    kvcached/S      kvcached.vmm_ops.map_to_kv_tensors([offset]) for each piece. One layer, one buffer,
-                    contiguous layout, page_size S: so a piece is a page. It unmaps its zero page
-                    first: that is its path
+    bare/S          cuMemCreate, cuMemMap and cuMemSetAccess by ctypes, for each piece: what any
+                    library must do at the least, and Python's cost of three calls
+    kvcached/S      kvcached.vmm_ops.map_to_kv_tensors([offset]) for each piece. One layer, one
+                    buffer, contiguous layout, page_size S: so a piece is a page. It unmaps its
+                    zero page first: that is its path
     kvcached/S/once map_to_kv_tensors(all offsets), once
     cuda.core/S     VirtualMemoryResource.allocate(S) for each piece: a reservation, too
     cuda.core/S/grow  modify_allocation(buffer, size + S) for each piece of one buffer: it grows
-    torch/S         torch.empty(S) for each piece, kept, expandable_segments:True, in a process of its
-                    own. torch maps in pieces of its own (2 MiB, or 20 MiB for large allocations); the
-                    bytes counted are those that torch.cuda.memory_reserved() says it mapped
+    torch/S         torch.empty(S) for each piece, kept, expandable_segments:True, in a process of
+                    its own. torch maps in pieces of its own (2 MiB, or 20 MiB for large
+                    allocations); bytes are what torch.cuda.memory_reserved() says it mapped
 
-`extra.bytes_per_second` is bytes over the median of the rounds. What cannot be installed or run is in
-the result under "attempts", with its error. kvcached is imported from the environment, or built in
-the folder that --kvcached names (its unpacked sdist) by `setup.py build_ext --inplace`, which needs
-torch >= 2.10 with CUDA, nvcc and g++; nothing is downloaded.
+`extra.bytes_per_second` is bytes over the median of the rounds. What cannot be installed or run is
+in the result under "attempts", with its error. kvcached is imported from the environment, or built
+in the folder that --kvcached names (its unpacked sdist) by `setup.py build_ext --inplace`, which
+needs torch >= 2.10 with CUDA, nvcc and g++; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def kvcached(run: Peers, page: int, once: bool) -> None:
         if once:
             mapped = vmm_ops.map_to_kv_tensors(offsets)
         else:
-            mapped = all([vmm_ops.map_to_kv_tensors([offset]) for offset in offsets])
+            mapped = all(vmm_ops.map_to_kv_tensors([offset]) for offset in offsets)
         taken = time.perf_counter_ns() - begin
         if not mapped or not vmm_ops.unmap_from_kv_tensors(offsets):
             raise RuntimeError("map_to_kv_tensors or unmap_from_kv_tensors returned false")

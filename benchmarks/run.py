@@ -1,11 +1,11 @@
 """make bench: every benchmark that has a C program or is a twin of one, and bench_length and
 bench_concat, one after another, with a summary of what they wrote.
 
-    python benchmarks/run.py [DEVICE] [--out FOLDER] [--only NAME ...] [--language c|python] [--quick]
-                             [--limit SECONDS]
+    python benchmarks/run.py [DEVICE] [--out FOLDER] [--only NAME ...] [--language c|python]
+                             [--quick] [--limit SECONDS] [--summary]
 
 A benchmark that fails, or takes longer than the limit, does not keep the next from running. The
-summary is FOLDER/bench-MACHINE.md, ratios first; it is made of all results of that machine in FOLDER.
+summary is FOLDER/bench-MACHINE.md, ratios first, of all results of that machine in FOLDER.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def summary(machine: str, results: list[Result]) -> str:
     lines = [
         f"# Benchmarks on {machine}",
         "",
-        "Medians of one run each, by `make bench`; `benchmarks/bench_*.c` and `.py` say what is measured.",
+        "One run each, by `make bench`; `benchmarks/bench_*.c` and `.py` say what is measured.",
     ]
     for result in results:
         lines += [

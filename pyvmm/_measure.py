@@ -3,7 +3,7 @@
 A result is a file: what was measured, where, and rows. A row has an id, the median and the 99th
 percentile of its samples, from 1000 samples on also the 99.9th and the maximum, the id of the row
 it is to be compared with, and under "extra" counts and sizes, their units in their names. Rows
-whose ids begin with "base/" are those baselines. The C benchmarks write the same (benchmarks/bench.h).
+whose ids begin with "base/" are those baselines. The C benchmarks write the same: bench.h.
 """
 
 from __future__ import annotations

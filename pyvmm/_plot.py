@@ -2,7 +2,7 @@
 imported here and nowhere else.
 
 What a row of a result can be drawn as lies in its "extra": `length` with its time, `length` with
-`mapped_bytes`, `block_bytes` with its time; and any row with a 99.9th percentile has its tail drawn.
+`mapped_bytes`, `block_bytes` with its time; and of any row with a 99.9th percentile, its tail.
 A curve is the rows whose ids differ in their last part alone: append/1024, append/2048.
 """
 
@@ -103,7 +103,7 @@ def curves(rows: Iterable[Result], x: str, y: Callable[[Result], float | None]) 
         at, value = row.get("extra", {}).get(x), y(row)
         if at is not None and value is not None:
             found.setdefault(row["id"].rpartition("/")[0], []).append((at, value))
-    made = []
+    made: list[Curve] = []
     for label, points in found.items():
         if len(points) > 1:
             points.sort()

@@ -1,4 +1,4 @@
-"""The benchmarks run, on the host and on the simulated driver, and write what reads them. No times."""
+"""The benchmarks run, on the host and on the simulated driver, and what reads results does, too."""
 
 import json
 import os
