@@ -3,7 +3,7 @@
  *   cycle/T    T threads, each with tensors of its own: reserve, grow over 4 blocks, close
  *   append/T   T threads, each appending 4 KiB rows to a tensor of its own, within mapped rows, on
  *              the thread's default stream
- *   base/malloc-cycle/T  T threads: malloc of as much, first touch, free
+ *   base/mmap-cycle/T    T threads: as much from the kernel by mmap(), first touch, munmap()
  *   base/memcpy/T        T threads: the copies alone
  *
  * A sample is one operation of one thread. extra.operations_per_second counts all threads.
@@ -11,12 +11,13 @@
 #include "bench.h"
 
 #include <pthread.h>
+#include <sys/mman.h>
 
 #define MOST 16
 #define BLOCKS 4
 #define ROW_BYTES (4 * KIB)
 
-typedef enum kind { CYCLE, APPEND, MALLOC, MEMCPY } kind;
+typedef enum kind { CYCLE, APPEND, MMAP, MEMCPY } kind;
 
 typedef struct worker {
     bench *b;
@@ -44,6 +45,16 @@ static void cycle(vmm_pool *pool, size_t block_bytes) {
     BENCH_OK(vmm_close(tensor));
 }
 
+static void map_and_touch(size_t bytes) {
+    char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (memory == MAP_FAILED)
+        abort();
+    for (size_t offset = 0; offset < bytes; offset += 4096)
+        *(volatile char *)(memory + offset) = 1;
+    munmap(memory, bytes);
+}
+
 static void *work(void *argument) {
     worker *w = argument;
     size_t block_bytes = w->b->is_gpu ? 2 * MIB : 256 * KIB;
@@ -67,7 +78,7 @@ static void *work(void *argument) {
         switch (w->kind) {
         case CYCLE: cycle(w->pool, block_bytes); break;
         case APPEND: BENCH_OK(vmm_append(tensor, w->source, VMM_STREAM_PER_THREAD)); break;
-        case MALLOC: free(bench_buffer(bytes)); break;
+        case MMAP: map_and_touch(bytes); break;
         case MEMCPY: memcpy(target + (size_t)i % n_rows * ROW_BYTES, row, ROW_BYTES); break;
         }
         w->ns[i] = bench_now() - begin;
@@ -85,7 +96,7 @@ static void *work(void *argument) {
 }
 
 static void threads(bench *b, kind kind, int n, const char *baseline, const char *id) {
-    int times = bench_times(b, kind == CYCLE || kind == MALLOC ? 1600 / n : 64000 / n);
+    int times = bench_times(b, kind == CYCLE || kind == MMAP ? 1600 / n : 64000 / n);
     pthread_barrier_t gate;
     pthread_t thread[MOST];
     worker workers[MOST];
@@ -133,8 +144,8 @@ int main(int argc, char **argv) {
     for (int n = 1; n <= MOST; n *= 2) {
         char cycles[64] = "", copies[64] = "";
         if (!b.is_gpu) {
-            snprintf(cycles, sizeof cycles, "base/malloc-cycle/%d", n);
-            threads(&b, MALLOC, n, "", "base/malloc-cycle");
+            snprintf(cycles, sizeof cycles, "base/mmap-cycle/%d", n);
+            threads(&b, MMAP, n, "", "base/mmap-cycle");
             snprintf(copies, sizeof copies, "base/memcpy/%d", n);
             threads(&b, MEMCPY, n, "", "base/memcpy");
         }

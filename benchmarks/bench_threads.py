@@ -1,6 +1,7 @@
 """bench_threads.c's twin: one pool under 1 to 16 Python threads. Ids as there. The interpreter's
 lock is given up around what may reach the driver, so threads are as parallel as that makes them."""
 
+import mmap
 import threading
 import time
 
@@ -17,8 +18,15 @@ PER_THREAD = 2  # the stream's name in CUDA and DLPack
 def operations(bench: Bench, kind: str, pool: pyvmm.Pool, source: object):
     """What one thread does over and over; and what it does after 64 of them, and at its end."""
     block = 2 * 2**20 if bench.is_gpu else 256 * 2**10
-    if kind == "base/numpy-cycle":
-        return lambda: np.ones(BLOCKS * block, "uint8"), lambda: None, lambda: None
+    if kind == "base/mmap-cycle":
+
+        def from_the_kernel() -> None:
+            with mmap.mmap(-1, BLOCKS * block) as memory:
+                touched = np.frombuffer(memory, "uint8")[::4096]
+                touched[:] = 1
+                del touched
+
+        return from_the_kernel, lambda: None, lambda: None
     if kind == "cycle":
         n_rows = BLOCKS * block // ROW
 
@@ -100,9 +108,9 @@ def main() -> None:
         "bench_threads", "work between the calls; threads that share a tensor, which they may not"
     )
     for n in (1, 2, 4, 8, 16):
-        base = "" if bench.is_gpu else f"base/numpy-cycle/{n}"
+        base = "" if bench.is_gpu else f"base/mmap-cycle/{n}"
         if base:
-            run_threads(bench, "base/numpy-cycle", n, "")
+            run_threads(bench, "base/mmap-cycle", n, "")
         run_threads(bench, "cycle", n, base)
         run_threads(bench, "append", n, "")
     bench.close()

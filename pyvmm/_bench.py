@@ -340,13 +340,15 @@ def length(bench: Bench) -> None:
             baseline = ""
             for library in libraries:
                 times = bench.times(5 if n_rows > 8192 else 10)
-                baseline = f"base/{library.label}/{n_rows}"
+                id = f"base/{library.label}/{n_rows}"
                 bench.report(
-                    baseline,
+                    id,
                     concatenates(bench, library, n_rows, row_bytes, times),
+                    baseline,
                     length=n_rows,
                     mapped_bytes=(2 * n_rows + 1) * row_bytes,
                 )
+                baseline = baseline or id
             samples = []
             for round in range(-1, stretches):
                 bench.wait()

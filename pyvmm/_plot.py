@@ -55,7 +55,10 @@ class _Picture:
         self.axes.grid(True, which="both", alpha=0.25)
 
     def save(self, path: Path) -> None:
-        self.axes.legend(fontsize="small")
+        if len(self.axes.get_lines()) > 8:
+            self.axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+        else:
+            self.axes.legend(fontsize="small")
         import matplotlib
 
         # Without the date and random ids, so that the same result makes the same file.
@@ -121,7 +124,7 @@ def draw_curves(
         picture.axes.set_xscale("log", base=2)
     picture.axes.set_yscale("log")
     for label, xs, ys in lines:
-        style = "--" if label.startswith("base/") else "-"
+        style = ":" if label.endswith(": used") else "--" if label.startswith("base/") else "-"
         picture.axes.plot(xs, ys, style, marker="o", markersize=3, label=label)
     picture.save(path)
     return True
@@ -140,9 +143,9 @@ def draw_length(result: Result, path: Path) -> bool:
 def draw_memory(result: Result, path: Path) -> bool:
     lines: list[Curve] = []
     for key, label in (
-        ("mapped_bytes", "committed"),
-        ("used_bytes", "used"),
-        ("static_bytes", "a buffer of the last length"),
+        ("mapped_bytes", "{}: committed"),
+        ("used_bytes", "{}: used"),
+        ("static_bytes", "base/a buffer of the last length"),
     ):
 
         def mebibytes(row: Result, key: str = key) -> float | None:
@@ -150,7 +153,7 @@ def draw_memory(result: Result, path: Path) -> bool:
             return None if n_bytes is None else n_bytes / 2**20
 
         for id, xs, ys in curves(result["rows"], "length", mebibytes):
-            lines.append((f"{id}: {label}", xs, ys))
+            lines.append((label.format(id), xs, ys))
     heading = title(result, "Memory against length")
     return draw_curves(path, heading, "rows in use", "MiB (logarithmic)", lines)
 
