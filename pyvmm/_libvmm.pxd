@@ -73,6 +73,8 @@ cdef extern from "vmm.h" nogil:
     vmm_status vmm_pool_create(vmm_device *device, size_t block_bytes, size_t max_bytes,
                                vmm_pool **out)
     vmm_status vmm_pool_trim(vmm_pool *pool, int wait)
+    vmm_status vmm_pool_set_lookahead(vmm_pool *pool, size_t max_bytes)
+    size_t vmm_pool_lookahead(const vmm_pool *pool)
     vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, void *user)
     vmm_status vmm_pool_capture_begin(vmm_pool *pool)
     vmm_status vmm_pool_capture_end(vmm_pool *pool)

@@ -26,8 +26,10 @@ from pyvmm._libvmm cimport (
     vmm_pool_capture_end,
     vmm_pool_close,
     vmm_pool_create,
+    vmm_pool_lookahead,
     vmm_pool_on_oom,
     vmm_pool_release,
+    vmm_pool_set_lookahead,
     vmm_pool_statistics,
     vmm_pool_stats,
     vmm_pool_trim,
@@ -57,6 +59,19 @@ cdef size_t block_bytes_of(object block_size) except 0:
     if isinstance(block_size, str) and block_size == "auto":
         return VMM_BLOCK_AUTO
     return <size_t>byte_count(block_size, "block_size")
+
+
+# What True stands for.
+cdef size_t LOOKAHEAD_BYTES = 256 << 20
+
+
+cdef size_t lookahead_bytes_of(object lookahead) except? 0:
+    """None, False or 0 (off), True, 268435456 or "256MiB"."""
+    if lookahead is None or lookahead is False or (type(lookahead) is int and lookahead == 0):
+        return 0
+    if lookahead is True:
+        return LOOKAHEAD_BYTES
+    return <size_t>byte_count(lookahead, "lookahead")
 
 
 cdef dict calls_by_name(const uint64_t *counts):
@@ -101,9 +116,13 @@ cdef class Pool:
                 or a string ("32MiB"); "auto" is sizes that grow with the tensor. A tensor
                 may ask for another.
     max_bytes:  what the pool holds in all never exceeds it ("60GiB"); None is no budget
+    lookahead:  how much a thread of the pool maps ahead of the growth of its tensors, so that
+                growth makes no driver call: a size ("256MiB"), True for 256 MiB; None, False
+                and 0 are off
 
     On a GPU, memory that tensors give back is queued until the device is known to be done
-    with it; the next growth takes it, and trim() returns it to the driver. When the device is
+    with it. What a closed tensor had stays mapped, and the next tensor of the same shape, dtype,
+    capacity and block size takes it over; trim() returns it to the driver. When the device is
     full, the caches of torch, CuPy and Paddle are emptied where these are loaded, and other
     pools of the device trimmed, before OutOfMemoryError is raised, which says who holds what.
 
@@ -114,11 +133,12 @@ cdef class Pool:
     cannot be used.
     """
 
-    def __init__(self, device, block_size="auto", max_bytes=None):
+    def __init__(self, device, block_size="auto", max_bytes=None, lookahead=None):
         if self.opened != NULL:
             raise TypeError("a Pool cannot be initialised twice")
         cdef str name = canonical_name(device)
         cdef size_t block_bytes = block_bytes_of(block_size)
+        cdef size_t ahead_bytes = lookahead_bytes_of(lookahead)
         cdef size_t budget_bytes = 0
         if max_bytes is not None:
             budget_bytes = byte_count(max_bytes, "max_bytes")
@@ -135,6 +155,10 @@ cdef class Pool:
         cdef vmm_status status
         with nogil:
             status = vmm_pool_create(opened, block_bytes, budget_bytes, &handle)
+            if status == VMM_OK and ahead_bytes:
+                status = vmm_pool_set_lookahead(handle, ahead_bytes)
+                if status != VMM_OK:
+                    vmm_pool_release(handle)
             if status != VMM_OK:
                 vmm_device_close(opened)
         check(status)
@@ -193,6 +217,26 @@ cdef class Pool:
         return self.budget
 
     @property
+    def lookahead(self):
+        """The most bytes that are mapped ahead of growth, 0 for off. May be set, to all that
+        Pool() takes; turning it off gives back what was mapped ahead.
+        Raises ValueError, TypeError or OverflowError for what is no size, VMMError when closed
+        or when the system has no thread for it."""
+        if self.handle == NULL:
+            return 0
+        return vmm_pool_lookahead(self.handle)
+
+    @lookahead.setter
+    def lookahead(self, value):
+        cdef size_t ahead_bytes = lookahead_bytes_of(value)
+        cdef vmm_status status
+        cdef vmm_pool *handle = self.enter("lookahead")
+        with nogil:
+            status = vmm_pool_set_lookahead(handle, ahead_bytes)
+        self.leave()
+        check(status)
+
+    @property
     def closed(self):
         """Whether close() has ended it."""
         return self.handle == NULL
@@ -215,9 +259,10 @@ cdef class Pool:
         """What the pool holds, in bytes, as a dict.
 
         in_use_bytes (in blocks that tensors have mapped), free_bytes (kept for the next
-        growth), queued_bytes (given back, waiting for the device), lookahead_bytes,
-        recycled_bytes, parked_bytes (that the driver refused to take back), peak_bytes,
-        max_bytes (0 for no budget), driver_calls (a dict by name).
+        growth), queued_bytes (given back, waiting for the device), lookahead_bytes (mapped
+        ahead of growth), recycled_bytes (given back and still mapped, for the next tensor),
+        parked_bytes (that the driver refused to take back), peak_bytes, max_bytes (0 for no
+        budget), driver_calls (a dict by name).
         Raises VMMError when closed."""
         cdef vmm_pool_stats stats
         cdef vmm_status status
@@ -243,7 +288,8 @@ cdef class Pool:
         }
 
     def trim(self, wait=False):
-        """Return to the driver what is free, and what is queued and no longer in use.
+        """Return to the driver what is free, recycled or mapped ahead, and what is queued and no
+        longer in use.
 
         wait: wait for the device to be done with what is queued, instead of leaving it.
         Raises VMMError: during a capture when something is queued, or when closed."""

@@ -185,9 +185,13 @@ VMM_API vmm_status vmm_device_query(vmm_device *device, vmm_device_info *out);
  *
  * A pool holds the physical blocks of one device: it creates them, keeps those that
  * tensors gave back, stays within a budget. On a GPU, memory that is given back is
- * queued, because kernels submitted earlier may still touch it; the pool takes it
- * back, behind one fence for all that is queued, when it is needed again or when
- * vmm_pool_trim() asks.
+ * queued, because kernels submitted earlier may still touch it. Blocks that vmm_trim()
+ * gave back serve the next growth, behind one fence for all that is queued. What a
+ * closed tensor had stays mapped and is recycled: the next tensor of the same geometry
+ * (pool, lanes, bytes of a lane, block size) takes its addresses and blocks over, and
+ * grows over them without a driver call. A recycled range is unmapped when memory is
+ * short (the budget, the device), when more lies idle than was ever in use at once,
+ * and by vmm_pool_trim().
  */
 typedef struct vmm_pool vmm_pool;
 
@@ -199,19 +203,36 @@ typedef struct vmm_pool vmm_pool;
 /* vmm_pool_create() - a pool on a device.
  *   block_bytes   size of every block: a multiple of the granularity, or VMM_BLOCK_AUTO.
  *                 0 is VMM_BLOCK_AUTO. A tensor may ask for another.
- *   max_bytes     budget: what the pool holds in all, in use, queued and free, never
- *                 exceeds it. 0 for no budget.
+ *   max_bytes     budget: what the pool holds in all, in use, queued, recycled, mapped ahead
+ *                 and free, never exceeds it. 0 for no budget.
  * No driver call. Returns VMM_ERR_INVALID, VMM_ERR_OUT_OF_MEMORY, VMM_ERR_FORKED. */
 VMM_API vmm_status vmm_pool_create(vmm_device *device, size_t block_bytes, size_t max_bytes,
                                    vmm_pool **out);
 
-/* vmm_pool_trim() - return to the driver what is free, and what is queued and no longer
- * touched by the device.
+/* vmm_pool_trim() - return to the driver what is free, recycled or mapped ahead, and what is
+ * queued and no longer touched by the device.
  *   wait   0: only what can be had without waiting; else wait for the device
  * Returns VMM_ERR_CAPTURING between vmm_pool_capture_begin() and _end() when something
  * is queued (what needs no fence has been returned all the same), VMM_ERR_CLOSED,
  * VMM_ERR_DRIVER, VMM_ERR_FORKED. Thread-safe. */
 VMM_API vmm_status vmm_pool_trim(vmm_pool *pool, int wait);
+
+/* vmm_pool_set_lookahead() - a thread of the pool maps blocks ahead of the growth of its
+ * tensors, so that growth finds them mapped and makes no driver call.
+ *   max_bytes   the most that is mapped ahead over all tensors; 0 ends the thread and gives
+ *               back what it had mapped. Off at first.
+ * How far ahead depends on how fast a tensor takes memory into use: 20 ms of that, and at least
+ * one block while it grows; when it has not grown for a second the blocks are released. They
+ * count within the budget (lookahead_bytes), and all are given up before out of memory is
+ * reported. The thread takes nothing that is queued or recycled, runs no callbacks, waits for
+ * no fence, and does not report: where the driver refuses, growth will hear of it. Its driver
+ * calls count as the pool's, never as a tensor's. vmm_pool_close() and the process's exit end
+ * it; a forked child has none.
+ * Returns VMM_ERR_OUT_OF_MEMORY (no thread to be had: nothing has changed), VMM_ERR_FORKED.
+ * Thread-safe. */
+VMM_API vmm_status vmm_pool_set_lookahead(vmm_pool *pool, size_t max_bytes);
+/* What it may map ahead, 0 while it is off. */
+VMM_API size_t vmm_pool_lookahead(const vmm_pool *pool);
 
 /* vmm_pool_on_oom() - call `callback` before running out of memory is reported.
  * It runs on the thread that needs memory, with no lock of the library held; it may
@@ -329,7 +350,9 @@ typedef struct vmm_tensor vmm_tensor;
  * bytes, perhaps another tensor's old data, unless spec->zero is set.
  * Returns VMM_ERR_INVALID, VMM_ERR_OVERFLOW, VMM_ERR_OUT_OF_MEMORY, VMM_ERR_DRIVER (the
  * address range was refused: ask for a smaller capacity), VMM_ERR_CLOSED, VMM_ERR_FORKED.
- * Cost: one driver call. Thread-safe. */
+ * Cost: one driver call; where a closed tensor of the same geometry is taken over, none, or one
+ * fence and one query of it. That fence would break a stream capture, as vmm_pool_capture_begin()
+ * says. Thread-safe. */
 VMM_API vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out);
 
 /* vmm_close() - give the memory back and free the tensor.
@@ -387,8 +410,9 @@ VMM_API void **vmm_user(vmm_tensor *tensor);
  *   n_rows   0 .. capacity
  * Returns VMM_ERR_CAPACITY, VMM_ERR_OUT_OF_MEMORY, VMM_ERR_DRIVER, VMM_ERR_BUSY,
  * VMM_ERR_FORKED.
- * Cost: none within mapped rows; else at most three driver calls for each new block,
- * none of which waits for the device. */
+ * Cost: none within mapped rows, nor over blocks that are mapped already, by look-ahead or from
+ * a closed tensor; else at most three driver calls for each new block, none of which waits for
+ * the device. */
 VMM_API vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows);
 
 /* vmm_grow() - take the next `n_rows` rows into use.
@@ -575,7 +599,7 @@ typedef struct vmm_pool_stats {
     size_t free_bytes;      /* in blocks that nothing maps, kept for the next growth */
     size_t queued_bytes;    /* given back, waiting for a fence */
     size_t lookahead_bytes; /* mapped ahead of growth */
-    size_t recycled_bytes;  /* in mapped ranges kept for the next tensor */
+    size_t recycled_bytes;  /* given back and still mapped, known not to be touched any more */
     size_t parked_bytes;    /* that the driver refused to take back; retried at each call */
     size_t peak_bytes;      /* the most that was ever held in all */
     size_t max_bytes;       /* the budget, 0 for none */

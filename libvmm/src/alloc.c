@@ -13,21 +13,6 @@ static int by_base(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Back the whole range. Out-of-memory callbacks have no part in it: whoever asks for memory
- * here holds locks of its own that they might want. */
-static vmm_status map_whole(range *range, size_t bytes, vmm_stream stream) {
-    pool_work work;
-    range_change change = {.work = &work};
-    pool_work_begin(&work, range->pool, NULL, stream);
-    vmm_status status = range_extend(&change, range, bytes, true);
-    if (status)
-        range_undo(&change, false);
-    else
-        range_commit(&change);
-    pool_work_end(&work);
-    return status;
-}
-
 /* The library's allocator, whose nodes hold ranges: NULL when the host has no memory left. */
 static bool remember(range *range) {
     vmm_pool *pool = range->pool;
@@ -55,10 +40,17 @@ vmm_status vmm_pool_alloc(vmm_pool *pool, size_t bytes, vmm_stream stream, void 
         block_bytes = (bytes + unit - 1) / unit * unit;
     }
     range *range;
-    status = range_create(pool, 1, bytes, block_bytes, NULL, &range);
+    if (!stream)
+        stream = VMM_STREAM_LEGACY;
+    status = range_create(pool, 1, bytes, block_bytes, NULL, stream, &range);
     if (status)
         return status;
-    status = map_whole(range, bytes, stream ? stream : VMM_STREAM_LEGACY);
+    /* Out-of-memory callbacks have no part in it: whoever asks for memory here holds locks of its
+     * own that they might want. */
+    range_change change;
+    status = range_map(&change, range, bytes, NULL, stream);
+    if (!status)
+        range_commit(&change);
     if (!status && !remember(range))
         status = vmm_fail(VMM_ERR_OUT_OF_MEMORY, operation, "no host memory left");
     if (status) {

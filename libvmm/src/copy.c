@@ -76,19 +76,21 @@ typedef struct staging {
     char data[];
 } staging;
 
-static vmm_status free_staging(pool_entry *entry, pool_work *work, bool fenced, bool retired,
-                               bool *gone) {
-    (void)work, (void)retired;
-    if (fenced)
-        free(entry);
-    *gone = fenced;
+static vmm_status finish_staging(pool_entry *entry, pool_work *work, int may_go, bool *gone) {
+    (void)entry, (void)work;
+    *gone = may_go & RECLAIM_USED;
     return VMM_OK;
+}
+
+static void discard_staging(pool_entry *entry) {
+    free(entry);
 }
 
 static void queue_staging(staging *staging, vmm_pool *pool) {
     memset(&staging->entry, 0, sizeof staging->entry);
-    staging->entry.retired = true;
-    staging->entry.reclaim = free_staging;
+    staging->entry.retired = staging->entry.trimmed = true; /* of use to nobody */
+    staging->entry.reclaim = finish_staging;
+    staging->entry.discard = discard_staging;
     pthread_mutex_lock(&pool->lock);
     pool_enqueue_locked(pool, &staging->entry);
     pthread_mutex_unlock(&pool->lock);

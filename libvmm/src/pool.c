@@ -1,5 +1,4 @@
-/* pool.c - physical blocks: create, recycle, release, the budget, the queue of what waits
- * for a fence. */
+/* pool.c - physical blocks: create, recycle, release, the budget. */
 #include "pool.h"
 
 #include <stdio.h>
@@ -7,22 +6,37 @@
 
 #include "device.h"
 #include "error.h"
+#include "lookahead.h"
 #include "process.h"
+#include "queue.h"
 
 /* ---- the books -------------------------------------------------------------- */
 
 static size_t held_bytes(const vmm_pool *pool) {
-    return pool->in_use_bytes + pool->free_bytes + pool->queued_bytes + pool->parked_bytes;
+    size_t sum = 0;
+    for (int state = 0; state < POOL_STATES; state++)
+        sum += pool->bytes[state];
+    return sum;
 }
 
-void pool_move_bytes(vmm_pool *pool, size_t *from, size_t *to, size_t bytes) {
-    pthread_mutex_lock(&pool->lock);
-    if (from)
-        *from -= bytes;
-    if (to)
-        *to += bytes;
-    if (held_bytes(pool) > pool->peak_bytes)
+void pool_move_bytes_locked(vmm_pool *pool, pool_entry *entry, pool_state from, pool_state to,
+                            size_t bytes) {
+    pool->bytes[from] -= bytes;
+    pool->bytes[to] += bytes;
+    if (entry) {
+        entry->bytes[from] -= bytes;
+        entry->bytes[to] += bytes;
+    }
+    if (from == POOL_NOWHERE && held_bytes(pool) > pool->peak_bytes)
         pool->peak_bytes = held_bytes(pool);
+    if (pool->bytes[POOL_IN_USE] > pool->peak_in_use_bytes)
+        pool->peak_in_use_bytes = pool->bytes[POOL_IN_USE];
+}
+
+void pool_move_bytes(vmm_pool *pool, pool_entry *entry, pool_state from, pool_state to,
+                     size_t bytes) {
+    pthread_mutex_lock(&pool->lock);
+    pool_move_bytes_locked(pool, entry, from, to, bytes);
     pthread_mutex_unlock(&pool->lock);
 }
 
@@ -30,9 +44,9 @@ void pool_move_bytes(vmm_pool *pool, size_t *from, size_t *to, size_t bytes) {
 static vmm_status fail_over_budget(vmm_pool *pool, size_t bytes) {
     vmm_size_text need, limit, in_use, spare, queued;
     pthread_mutex_lock(&pool->lock);
-    vmm_format_bytes(pool->in_use_bytes, &in_use);
-    vmm_format_bytes(pool->free_bytes, &spare);
-    vmm_format_bytes(pool->queued_bytes, &queued);
+    vmm_format_bytes(pool->bytes[POOL_IN_USE], &in_use);
+    vmm_format_bytes(pool->bytes[POOL_FREE], &spare);
+    vmm_format_bytes(pool->bytes[POOL_QUEUED], &queued);
     pthread_mutex_unlock(&pool->lock);
     return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "create",
                     "the pool's budget of %s on %s has no room for a block of %s (%s in use, %s "
@@ -74,15 +88,13 @@ void pool_put_event(vmm_pool *pool, pool_event *event) {
 
 /* ---- blocks ------------------------------------------------------------------- */
 
-/* Return a block to the driver; one that it refuses is parked. Its bytes are counted
- * nowhere on entry. */
-static vmm_status release_block(pool_work *work, pool_block *block) {
+vmm_status pool_release_block(pool_work *work, pool_block *block) {
     vmm_pool *pool = work->pool;
     vmm_status status = DRIVER(pool, work->tensor_calls, release, block->handle, block->bytes);
     if (status) {
         block->next = pool->parked_blocks;
         pool->parked_blocks = block;
-        pool_move_bytes(pool, NULL, &pool->parked_bytes, block->bytes);
+        pool_move_bytes(pool, NULL, POOL_NOWHERE, POOL_PARKED, block->bytes);
     } else {
         free(block);
     }
@@ -93,8 +105,7 @@ static pool_block **size_class(vmm_pool *pool, size_t bytes) {
     return &pool->free_blocks[63 - __builtin_clzll(bytes)];
 }
 
-/* Release free blocks, large ones first, until `enough` bytes have gone back. */
-static vmm_status release_free(pool_work *work, size_t enough) {
+vmm_status pool_release_free(pool_work *work, size_t enough) {
     vmm_pool *pool = work->pool;
     vmm_status first = VMM_OK;
     size_t released = 0;
@@ -103,8 +114,8 @@ static vmm_status release_free(pool_work *work, size_t enough) {
             pool_block *block = pool->free_blocks[i];
             size_t bytes = block->bytes;
             pool->free_blocks[i] = block->next;
-            pool_move_bytes(pool, &pool->free_bytes, NULL, bytes);
-            vmm_status status = release_block(work, block);
+            pool_move_bytes(pool, NULL, POOL_FREE, POOL_NOWHERE, bytes);
+            vmm_status status = pool_release_block(work, block);
             if (status && !first)
                 first = status;
             if (!status)
@@ -114,26 +125,41 @@ static vmm_status release_free(pool_work *work, size_t enough) {
     return first;
 }
 
+/* Blocks of sizes that nobody asks for go, rather than that the pool keeps more than it ever
+ * needed. */
+static void release_excess(pool_work *work) {
+    vmm_pool *pool = work->pool;
+    pthread_mutex_lock(&pool->lock);
+    size_t idle = pool->bytes[POOL_FREE] + pool->bytes[POOL_RECYCLED];
+    size_t most = pool->peak_in_use_bytes;
+    pthread_mutex_unlock(&pool->lock);
+    if (idle <= most)
+        return;
+    vmm_undo_begin();
+    pool_release_free(work, idle - most);
+    vmm_undo_end();
+}
+
 void pool_give_block(pool_work *work, pool_block *block, bool release) {
     vmm_pool *pool = work->pool;
     /* The host's blocks are nothing once unmapped. */
     if (release || !pool->device->ops->is_async) {
-        release_block(work, block);
+        pool_release_block(work, block);
         return;
     }
     pool_block **list = size_class(pool, block->bytes);
     block->next = *list;
     *list = block;
-    pool_move_bytes(pool, NULL, &pool->free_bytes, block->bytes);
+    pool_move_bytes(pool, NULL, POOL_NOWHERE, POOL_FREE, block->bytes);
 }
 
-static pool_block *take_free(vmm_pool *pool, size_t bytes) {
+static pool_block *take_free(vmm_pool *pool, size_t bytes, pool_state as) {
     for (pool_block **link = size_class(pool, bytes); *link; link = &(*link)->next) {
         pool_block *block = *link;
         if (block->bytes == bytes) {
             *link = block->next;
             block->fresh = false;
-            pool_move_bytes(pool, &pool->free_bytes, &pool->in_use_bytes, bytes);
+            pool_move_bytes(pool, NULL, POOL_FREE, as, bytes);
             return block;
         }
     }
@@ -150,208 +176,62 @@ static size_t over_budget(vmm_pool *pool, size_t bytes) {
     return held > pool->max_bytes - bytes ? held - (pool->max_bytes - bytes) : 0;
 }
 
-/* A new block, at the cost of free ones of other sizes where the budget or the device is
- * full. */
-static vmm_status create_block(pool_work *work, size_t bytes, pool_block **out) {
+static vmm_status new_block(pool_work *work, size_t bytes, pool_state as, pool_block **out) {
     vmm_pool *pool = work->pool;
-    size_t over = over_budget(pool, bytes);
-    if (over) {
-        vmm_status status = over == SIZE_MAX ? VMM_OK : release_free(work, over);
-        if (over_budget(pool, bytes)) /* for a driver that would not take blocks back? */
-            return status ? status : fail_over_budget(pool, bytes);
-    }
     pool_block *block = calloc(1, sizeof *block);
     if (!block)
         return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "create", "no host memory left");
     block->bytes = bytes;
     block->fresh = true;
     vmm_status status = DRIVER(pool, work->tensor_calls, create, bytes, &block->handle);
-    if (status == VMM_ERR_OUT_OF_MEMORY && pool->free_bytes) {
-        release_free(work, SIZE_MAX);
-        status = DRIVER(pool, work->tensor_calls, create, bytes, &block->handle);
-    }
     if (status) {
         free(block);
         return status;
     }
-    pool_move_bytes(pool, NULL, &pool->in_use_bytes, bytes);
+    pool_move_bytes(pool, NULL, POOL_NOWHERE, as, bytes);
     *out = block;
     return VMM_OK;
 }
 
-static vmm_status take_or_create(pool_work *work, size_t bytes, pool_block **out) {
-    *out = take_free(work->pool, bytes);
-    return *out ? VMM_OK : create_block(work, bytes, out);
-}
-
-/* ---- the queue ------------------------------------------------------------------ */
-
-bool pool_has_queue(vmm_pool *pool) {
-    return __atomic_load_n(&pool->queue, __ATOMIC_RELAXED) != NULL;
-}
-
-static void link_entry(vmm_pool *pool, pool_entry *entry) {
-    entry->next = pool->queue;
-    entry->linked = true;
-    pool->n_queued++;
-    __atomic_store_n(&pool->queue, entry, __ATOMIC_RELAXED);
-}
-
-void pool_enqueue_locked(vmm_pool *pool, pool_entry *entry) {
-    entry->epoch = pool->fences_recorded;
-    __atomic_store_n(&pool->has_news, true, __ATOMIC_RELEASE);
-    if (!entry->linked)
-        link_entry(pool, entry);
-}
-
-/* Reclaim from every entry what the fences passed so far allow, or, with `parked_only`,
- * what was refused before. Other threads may queue meanwhile: the list is taken off whole,
- * and its entries stay marked as linked until it is known what is left of them. */
-static vmm_status reclaim_covered(pool_work *work, bool parked_only) {
+/* A new block, at the cost of free ones of other sizes where the budget or the device is
+ * full. */
+static vmm_status create_block(pool_work *work, size_t bytes, pool_block **out) {
     vmm_pool *pool = work->pool;
-    vmm_status first = VMM_OK;
-    pthread_mutex_lock(&pool->lock);
-    pool_entry *list = pool->queue;
-    pool->n_queued = 0;
-    __atomic_store_n(&pool->queue, NULL, __ATOMIC_RELAXED);
-    pthread_mutex_unlock(&pool->lock);
-    while (list) {
-        pool_entry *entry = list;
-        list = entry->next;
-        bool gone = false;
-        pthread_mutex_lock(&pool->lock);
-        bool fenced =
-            !parked_only && (!pool->device->ops->is_async || pool->fences_passed > entry->epoch);
-        bool useful = fenced || entry->parked_bytes > 0, retired = entry->retired;
-        pthread_mutex_unlock(&pool->lock);
-        if (useful) {
-            vmm_status status = entry->reclaim(entry, work, fenced, retired, &gone);
-            if (status && !first)
-                first = status;
-        }
-        if (gone)
-            continue;
-        pthread_mutex_lock(&pool->lock);
-        entry->linked = false;
-        if (entry->retired || entry->queued_bytes || entry->parked_bytes)
-            link_entry(pool, entry);
-        pthread_mutex_unlock(&pool->lock);
+    size_t over = over_budget(pool, bytes);
+    if (over) {
+        vmm_status status = over == SIZE_MAX ? VMM_OK : pool_release_free(work, over);
+        if (over_budget(pool, bytes)) /* for a driver that would not take blocks back? */
+            return status ? status : fail_over_budget(pool, bytes);
     }
-    return first;
-}
-
-/* Is something queued that no fence has released? Asked when none is pending. */
-static bool needs_fence(vmm_pool *pool) {
-    bool needed = false;
-    pthread_mutex_lock(&pool->lock);
-    for (pool_entry *entry = pool->queue; entry && !needed; entry = entry->next)
-        needed = entry->epoch >= pool->fences_passed && (entry->queued_bytes || entry->retired);
-    pthread_mutex_unlock(&pool->lock);
-    return needed;
-}
-
-/* Look whether the pending fence has passed, or wait for it. */
-static vmm_status settle_fence(pool_work *work, bool wait) {
-    vmm_pool *pool = work->pool;
-    bool done = true;
-    vmm_status status =
-        wait ? DRIVER(pool, work->tensor_calls, event_synchronize, pool->fence->event)
-             : DRIVER(pool, work->tensor_calls, event_query, pool->fence->event, &done);
-    if (status || !done)
-        return status;
-    pool_put_event(pool, pool->fence);
-    pool->fence = NULL;
-    pool->fences_passed = pool->fences_recorded;
-    return VMM_OK;
-}
-
-static vmm_status record_fence(pool_work *work) {
-    vmm_pool *pool = work->pool;
-    pool_event *event;
-    vmm_status status = pool_get_event(pool, &event);
-    if (status)
-        return status;
-    /* Counted before it is recorded: what is queued meanwhile belongs to the next one. */
-    pthread_mutex_lock(&pool->lock);
-    pool->fences_recorded++;
-    pthread_mutex_unlock(&pool->lock);
-    status = DRIVER(pool, work->tensor_calls, fence, event->event);
-    if (status) {
-        pool_put_event(pool, event);
-        return status;
+    vmm_status status = new_block(work, bytes, POOL_IN_USE, out);
+    if (status == VMM_ERR_OUT_OF_MEMORY && pool->bytes[POOL_FREE]) {
+        pool_release_free(work, SIZE_MAX);
+        status = new_block(work, bytes, POOL_IN_USE, out);
     }
-    pool->fence = event;
-    return VMM_OK;
-}
-
-/* Would a fence now meet a capture that is known of? Under the device's fence lock. A driver
- * that gives no answer to that has failed: that, and no capture, is what went wrong. */
-static vmm_status check_captures(pool_work *work) {
-    vmm_pool *pool = work->pool;
-    uint64_t capture = pool->device->captures;
-    vmm_status status = VMM_OK;
-    if (!capture && work->stream != VMM_STREAM_NONE)
-        status = DRIVER(pool, work->tensor_calls, stream_capture, work->stream, &capture);
-    if (!status && capture)
-        status = vmm_fail(VMM_ERR_CAPTURING, "fence",
-                          "queued memory can only be had behind a fence, and a stream is being "
-                          "captured");
     return status;
 }
 
-/* Take back what can be: without `wait` what a fence has released by now, recording one if
- * none is pending and that does not wait either; with it everything that was queued on entry. */
-static vmm_status reclaim(pool_work *work, bool wait) {
-    vmm_pool *pool = work->pool;
-    vmm_status first = VMM_OK, status;
-    if (!pool->device->ops->is_async)
-        return reclaim_covered(work, false);
-    work->waited |= wait;
-    if (pool->fence) {
-        first = settle_fence(work, wait);
-    }
-    if (!first && !pool->fence && needs_fence(pool)) {
-        bool may_wait = wait || !pool->device->ops->fence_waits(pool->device->state);
-        pthread_mutex_lock(&pool->device->fence_lock);
-        first = check_captures(work);
-        if (!first && may_wait)
-            first = record_fence(work);
-        pthread_mutex_unlock(&pool->device->fence_lock);
-        if (!first && pool->fence)
-            first = settle_fence(work, wait);
-    }
-    status = reclaim_covered(work, false);
-    return first ? first : status;
+vmm_status pool_take_block_ahead(pool_work *work, size_t bytes, pool_block **out) {
+    *out = take_free(work->pool, bytes, POOL_AHEAD);
+    if (*out)
+        return VMM_OK;
+    if (over_budget(work->pool, bytes))
+        return VMM_ERR_OUT_OF_MEMORY;
+    return new_block(work, bytes, POOL_AHEAD, out);
 }
 
-/* Try again what the driver would not take back. */
-static void retry_parked(pool_work *work) {
-    vmm_pool *pool = work->pool;
-    pthread_mutex_lock(&pool->lock);
-    bool retry = pool->parked_bytes > 0;
-    pthread_mutex_unlock(&pool->lock);
-    if (!retry)
-        return;
-    vmm_undo_begin(); /* a retry that fails is no failure of the call that tried */
-    pool_block *block = pool->parked_blocks;
-    pool->parked_blocks = NULL;
-    while (block) {
-        pool_block *next = block->next;
-        pool_move_bytes(pool, &pool->parked_bytes, NULL, block->bytes);
-        release_block(work, block);
-        block = next;
-    }
-    reclaim_covered(work, true);
-    vmm_undo_end();
+static vmm_status take_or_create(pool_work *work, size_t bytes, pool_block **out) {
+    *out = take_free(work->pool, bytes, POOL_IN_USE);
+    return *out ? VMM_OK : create_block(work, bytes, out);
 }
 
 void pool_work_begin(pool_work *work, vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
-    *work = (pool_work){pool, tensor_calls, stream, false};
+    *work = (pool_work){.pool = pool, .tensor_calls = tensor_calls, .stream = stream};
+    __atomic_fetch_add(&pool->work_waiters, 1, __ATOMIC_RELAXED);
     pthread_mutex_lock(&pool->work);
-    retry_parked(work);
+    __atomic_fetch_sub(&pool->work_waiters, 1, __ATOMIC_RELAXED);
+    queue_retry_parked(work);
 }
-
-static void sweep_abandoned(vmm_device *device, vmm_stream stream, bool wait);
 
 void pool_work_end(pool_work *work) {
     vmm_pool *pool = work->pool;
@@ -359,48 +239,55 @@ void pool_work_end(pool_work *work) {
     pthread_mutex_unlock(&pool->work);
     pool_drain(pool);
     if (vmm_device_has_abandoned(device))
-        sweep_abandoned(device, work->stream, work->waited);
+        queue_sweep_abandoned(device, work->stream, work->waited);
 }
 
-void pool_drain(vmm_pool *pool) {
-    if (pool->device->ops->is_async)
-        return;
-    /* Again, if another thread queued something after the list was taken and before the lock
-     * was free for it. What the driver refuses is parked and no news. Either we see its news
-     * here, having let go of the lock, or it finds the lock free: never neither. */
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&pool->has_news, __ATOMIC_ACQUIRE) &&
-           pthread_mutex_trylock(&pool->work) == 0) {
-        pool_work work = {pool, NULL, VMM_STREAM_NONE, false};
-        __atomic_store_n(&pool->has_news, false, __ATOMIC_RELEASE);
+/* Memory is short: make some of what is idle free. What the driver has refused meanwhile is of
+ * interest only where it is the last way out (`reclaimed`, `refusal`). */
+static bool give_up_idle(pool_work *work, size_t bytes, vmm_status *reclaimed, vmm_error *refusal) {
+    size_t before = work->unmapped_bytes;
+    vmm_error shortage = *vmm_last_error();
+    if (!reclaimed)
         vmm_undo_begin();
-        reclaim_covered(&work, false);
+    vmm_status status = queue_give_up(work, bytes);
+    if (!reclaimed)
         vmm_undo_end();
-        pthread_mutex_unlock(&pool->work);
+    else if (status && !*reclaimed) {
+        *reclaimed = status;
+        *refusal = *vmm_last_error();
     }
+    vmm_fail_again(&shortage);
+    return work->unmapped_bytes > before;
 }
 
 vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes, bool wait,
                            pool_block **out) {
     vmm_pool *pool = work->pool;
-    *out = take_free(pool, bytes);
+    vmm_status reclaimed = VMM_OK, status;
+    vmm_error refusal;
+    *out = take_free(pool, bytes, POOL_IN_USE);
+    if (!*out && pool_has_queue(pool)) {
+        queue_tidy(work);
+        *out = take_free(pool, bytes, POOL_IN_USE);
+    }
     if (*out)
         return VMM_OK;
-    if (pool_has_queue(pool)) {
-        vmm_undo_begin(); /* nothing to be had is no failure: a new block may do */
-        reclaim(work, false);
-        vmm_undo_end();
+    release_excess(work);
+    for (bool waited = false;; waited = true) {
+        status = waited ? VMM_ERR_OUT_OF_MEMORY : create_block(work, bytes, out);
+        while (status == VMM_ERR_OUT_OF_MEMORY &&
+               give_up_idle(work, bytes, waited ? &reclaimed : NULL, &refusal))
+            status = take_or_create(work, bytes, out);
+        for (size_t size = bytes / 2; status == VMM_ERR_OUT_OF_MEMORY && size >= smallest_bytes;
+             size /= 2)
+            status = take_or_create(work, size, out);
+        if (status != VMM_ERR_OUT_OF_MEMORY || !wait || waited || !pool_has_queue(pool))
+            break;
+        vmm_error shortage = *vmm_last_error();
+        reclaimed = queue_fence(work, true);
+        refusal = *vmm_last_error();
+        vmm_fail_again(&shortage);
     }
-    vmm_status status = take_or_create(work, bytes, out);
-    for (size_t size = bytes / 2; status == VMM_ERR_OUT_OF_MEMORY && size >= smallest_bytes;
-         size /= 2)
-        status = take_or_create(work, size, out);
-    if (status != VMM_ERR_OUT_OF_MEMORY || !wait || !pool_has_queue(pool))
-        return status;
-    vmm_status reclaimed = reclaim(work, true);
-    vmm_error refusal = *vmm_last_error();
-    /* What could not be taken back may not have been all there was. */
-    status = pool_take_block(work, bytes, smallest_bytes, false, out);
     if (status == VMM_ERR_OUT_OF_MEMORY && reclaimed && reclaimed != VMM_ERR_CAPTURING) {
         vmm_fail_again(&refusal); /* the cause: there was memory, and the driver kept it */
         status = reclaimed;
@@ -415,20 +302,19 @@ vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes,
 vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, uintptr_t *out) {
     pool_work work;
     pthread_mutex_lock(&pool->lock);
-    bool many = pool->n_queued >= QUEUE_HIGH_WATER;
+    bool many = pool->n_bare >= QUEUE_HIGH_WATER, parked = pool->bytes[POOL_PARKED] > 0;
     pthread_mutex_unlock(&pool->lock);
-    if (many) {
+    if (many || parked) {
         pool_work_begin(&work, pool, tensor_calls, VMM_STREAM_NONE);
-        vmm_undo_begin();
-        reclaim(&work, false);
-        vmm_undo_end();
+        if (many)
+            queue_return_addresses(&work);
         pool_work_end(&work);
     }
     vmm_status status = DRIVER(pool, tensor_calls, reserve, bytes, 0, out);
     if (status && pool_has_queue(pool)) {
         pool_work_begin(&work, pool, tensor_calls, VMM_STREAM_NONE);
         vmm_undo_begin();
-        reclaim(&work, true);
+        queue_reclaim(&work, true);
         vmm_undo_end();
         pool_work_end(&work);
         status = DRIVER(pool, tensor_calls, reserve, bytes, 0, out);
@@ -436,37 +322,25 @@ vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, ui
     return status;
 }
 
-/* The callback that was registered next after number `*last`, of those up to `end`. */
-static bool next_callback(vmm_pool *pool, uint64_t *last, uint64_t end, pool_callback *out) {
-    bool found = false;
-    pthread_mutex_lock(&pool->lock);
-    for (size_t i = 0; i < pool->n_callbacks && !found; i++) {
-        *out = pool->callbacks[i];
-        found = out->number > *last && out->number <= end;
-    }
-    pthread_mutex_unlock(&pool->lock);
-    if (found)
-        *last = out->number;
-    return found;
-}
-
-bool pool_run_callbacks(vmm_pool *pool, size_t needed_bytes) {
-    /* One by one, for they may register and remove; no copy, for there may be no memory. */
-    bool freed = false;
-    pool_callback callback;
-    uint64_t last = 0;
-    pthread_mutex_lock(&pool->lock);
-    uint64_t end = pool->callbacks_registered;
-    pthread_mutex_unlock(&pool->lock);
-    while (next_callback(pool, &last, end, &callback))
-        freed |= callback.function(callback.user, needed_bytes) != 0;
-    return freed;
-}
-
-void pool_range_added(vmm_pool *pool) {
-    pthread_mutex_lock(&pool->lock);
+void pool_range_added_locked(vmm_pool *pool, pool_entry *entry) {
     pool->live_ranges++;
+    entry->previous_live = NULL;
+    entry->next_live = pool->live;
+    if (pool->live)
+        pool->live->previous_live = entry;
+    pool->live = entry;
+}
+
+void pool_range_added(vmm_pool *pool, pool_entry *entry) {
+    pthread_mutex_lock(&pool->lock);
+    pool_range_added_locked(pool, entry);
     pthread_mutex_unlock(&pool->lock);
+}
+
+void pool_range_retired_locked(vmm_pool *pool, pool_entry *entry) {
+    *(entry->previous_live ? &entry->previous_live->next_live : &pool->live) = entry->next_live;
+    if (entry->next_live)
+        entry->next_live->previous_live = entry->previous_live;
 }
 
 void pool_range_gone(vmm_pool *pool) {
@@ -531,42 +405,14 @@ vmm_status vmm_pool_trim(vmm_pool *pool, int wait) {
         return status;
     pool_work work;
     pool_work_begin(&work, pool, NULL, VMM_STREAM_NONE);
-    status = reclaim(&work, wait != 0);
+    status = queue_reclaim(&work, wait != 0);
     if (status)
         vmm_undo_begin(); /* the first failure is the one that is told */
-    vmm_status released = release_free(&work, SIZE_MAX);
+    vmm_status released = pool_release_free(&work, SIZE_MAX);
     if (status)
         vmm_undo_end();
     pool_work_end(&work);
     return status ? status : released;
-}
-
-vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, void *user) {
-    vmm_status status = pool_check(pool, "pool_on_oom");
-    if (status)
-        return status;
-    pthread_mutex_lock(&pool->lock);
-    if (callback) {
-        pool_callback *grown =
-            realloc(pool->callbacks, (pool->n_callbacks + 1) * sizeof *pool->callbacks);
-        if (grown) {
-            pool->callbacks = grown;
-            grown[pool->n_callbacks++] =
-                (pool_callback){callback, user, ++pool->callbacks_registered};
-        } else {
-            status = vmm_fail(VMM_ERR_OUT_OF_MEMORY, "pool_on_oom", "no host memory left");
-        }
-    } else {
-        size_t kept = 0;
-        for (size_t i = 0; i < pool->n_callbacks; i++)
-            if (pool->callbacks[i].user != user)
-                pool->callbacks[kept++] = pool->callbacks[i];
-        if (kept == pool->n_callbacks)
-            status = vmm_fail(VMM_ERR_INVALID, "pool_on_oom", "no such callback is registered");
-        pool->n_callbacks = kept;
-    }
-    pthread_mutex_unlock(&pool->lock);
-    return status;
 }
 
 vmm_status vmm_pool_capture_begin(vmm_pool *pool) {
@@ -604,10 +450,12 @@ vmm_status vmm_pool_statistics(vmm_pool *pool, vmm_pool_stats *out) {
         return vmm_fail(VMM_ERR_INVALID, "pool_statistics", "out is NULL");
     pthread_mutex_lock(&pool->lock);
     *out = (vmm_pool_stats){
-        .in_use_bytes = pool->in_use_bytes,
-        .free_bytes = pool->free_bytes,
-        .queued_bytes = pool->queued_bytes,
-        .parked_bytes = pool->parked_bytes,
+        .in_use_bytes = pool->bytes[POOL_IN_USE],
+        .free_bytes = pool->bytes[POOL_FREE],
+        .queued_bytes = pool->bytes[POOL_QUEUED],
+        .lookahead_bytes = pool->bytes[POOL_AHEAD],
+        .recycled_bytes = pool->bytes[POOL_RECYCLED],
+        .parked_bytes = pool->bytes[POOL_PARKED],
         .peak_bytes = pool->peak_bytes,
         .max_bytes = pool->max_bytes == SIZE_MAX ? 0 : pool->max_bytes,
     };
@@ -628,8 +476,7 @@ static void end_captures(vmm_pool *pool) {
     pthread_mutex_unlock(&pool->device->fence_lock);
 }
 
-/* Free a pool that holds nothing any more. */
-static void destroy(vmm_pool *pool) {
+void pool_destroy(vmm_pool *pool) {
     const driver_ops *ops = pool->device->ops;
     while (pool->spare_events) {
         pool_event *event = pool->spare_events;
@@ -646,9 +493,10 @@ static void destroy(vmm_pool *pool) {
     vmm_device_close(device);
 }
 
-static bool is_empty(vmm_pool *pool) {
+bool pool_is_empty(vmm_pool *pool) {
     pthread_mutex_lock(&pool->lock);
-    bool empty = pool->live_ranges == 0 && !pool->queue && held_bytes(pool) == 0;
+    bool empty =
+        pool->live_ranges == 0 && !pool->lookahead && !pool->newest && held_bytes(pool) == 0;
     pthread_mutex_unlock(&pool->lock);
     return empty && !pool->fence;
 }
@@ -659,30 +507,34 @@ vmm_status vmm_pool_close(vmm_pool *pool) {
     vmm_status status = pool_check(pool, "pool_close");
     if (status)
         return status;
-    pool_work work;
-    pool_work_begin(&work, pool, NULL, VMM_STREAM_NONE);
     pthread_mutex_lock(&pool->lock);
     size_t live = pool->live_ranges;
     pthread_mutex_unlock(&pool->lock);
-    if (live)
-        status = vmm_fail(VMM_ERR_BUSY, "pool_close",
-                          "%zu tensor(s) or allocation(s) of this pool on %s still live: close "
-                          "them and drop what was exported first",
-                          live, pool->device->name);
-    if (!status)
-        status = reclaim(&work, true);
+    if (live) {
+        pool_work work; /* what was parked is tried again */
+        pool_work_begin(&work, pool, NULL, VMM_STREAM_NONE);
+        pool_work_end(&work);
+        return vmm_fail(VMM_ERR_BUSY, "pool_close",
+                        "%zu tensor(s) or allocation(s) of this pool on %s still live: close "
+                        "them and drop what was exported first",
+                        live, pool->device->name);
+    }
+    size_t ahead_bytes = lookahead_stop(pool);
+    pool_work work;
+    pool_work_begin(&work, pool, NULL, VMM_STREAM_NONE);
+    status = queue_reclaim(&work, true);
     if (!status && pool->fence)
-        status = settle_fence(&work, true); /* unreached: reclaim has settled it */
+        status = queue_settle(&work, true); /* unreached: reclaim has settled it */
     if (!status)
-        status = release_free(&work, SIZE_MAX);
+        status = pool_release_free(&work, SIZE_MAX);
     pthread_mutex_unlock(&pool->work);
-    if (live)
-        pool_drain(pool);
-    if (!status && !is_empty(pool)) /* unreached: who keeps memory has failed before */
+    if (!status && !pool_is_empty(pool)) /* unreached: who keeps memory has failed before */
         status = vmm_fail(VMM_ERR_DRIVER, "pool_close",
                           "the driver would not take all memory back: try again");
     if (!status)
-        destroy(pool);
+        pool_destroy(pool);
+    else if (ahead_bytes)
+        lookahead_again(pool, ahead_bytes);
     return status;
 }
 
@@ -690,29 +542,9 @@ void vmm_pool_release(vmm_pool *pool) {
     if (!pool || pool->process != vmm_process)
         return;
     end_captures(pool);
-    if (is_empty(pool) && !pool->spare_events)
-        destroy(pool);
+    lookahead_dismiss(pool);
+    if (pool_is_empty(pool) && !pool->spare_events)
+        pool_destroy(pool);
     else
         vmm_device_abandon(pool->device, pool);
-}
-
-/* Return what abandoned pools hold, without `wait` as far as it can be had so; destroy those
- * that are empty, put the others back. */
-static void sweep_abandoned(vmm_device *device, vmm_stream stream, bool wait) {
-    vmm_pool *pool = vmm_device_take_abandoned(device);
-    vmm_undo_begin();
-    while (pool) {
-        vmm_pool *next = pool->next_abandoned;
-        pool_work work;
-        pool_work_begin(&work, pool, NULL, stream); /* what was parked is tried again, too */
-        reclaim(&work, wait);
-        release_free(&work, SIZE_MAX);
-        pthread_mutex_unlock(&pool->work);
-        if (is_empty(pool))
-            destroy(pool);
-        else
-            vmm_device_abandon(device, pool);
-        pool = next;
-    }
-    vmm_undo_end();
 }

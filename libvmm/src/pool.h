@@ -1,5 +1,10 @@
 /* pool.h - physical blocks of one device: create, recycle, release, within a budget.
  *
+ * pool.c    blocks, the budget, the pool itself
+ * queue.c   what waits for a fence, and how it comes back
+ * oom.c     whom the pool asks before it gives up
+ * lookahead.c, above ranges: the thread that maps ahead of growth
+ *
  * Two locks, always taken in this order:
  *   work   serialises driver work (the driver does so anyway) and is held across driver
  *          calls. Between pool_work_begin() and pool_work_end().
@@ -15,32 +20,60 @@
 
 struct pool_work;
 
+/* What a pool's bytes are, each in one place. */
+typedef enum pool_state {
+    POOL_IN_USE,   /* back rows */
+    POOL_FREE,     /* are mapped nowhere */
+    POOL_QUEUED,   /* given up and still mapped; device work may touch them */
+    POOL_RECYCLED, /* the same, and a fence has passed */
+    POOL_AHEAD,    /* mapped, and never used yet */
+    POOL_PARKED,   /* the driver would not take them back */
+    POOL_STATES,
+    POOL_NOWHERE = POOL_STATES /* not the pool's, before and after */
+} pool_state;
+
+/* What has become of a block since it was mapped, for when it backs no rows. */
+typedef enum block_past {
+    BLOCK_USED, /* work on it may have been submitted */
+    BLOCK_UNTOUCHED,
+    BLOCK_PARKED, /* the driver would not unmap it; perhaps it has lost its access */
+} block_past;
+
 /* One physical block. Allocated with its memory, so that keeping one never allocates. */
 typedef struct pool_block {
     driver_handle handle;
     size_t bytes;
     struct pool_block *next; /* in a free or parked list */
     bool fresh;              /* created, not recycled, in the change that is under way */
-    bool parked;             /* mapped, and the driver would not take it back */
+    block_past past;         /* of a mapped block; under lock */
 } pool_block;
 
 /* Free blocks are kept by the power of two of their size. */
 #define POOL_SIZE_CLASSES 64
 
-/* Something that holds memory it no longer uses, in the pool's queue until a fence has
- * passed. Ranges embed one. Guarded by the pool's lock. */
+/* What may be unmapped. */
+enum {
+    RECLAIM_PARKED = 1,
+    RECLAIM_AHEAD = 2, /* what is untouched */
+    RECLAIM_USED = 4,  /* if it is covered; and addresses, when all is gone */
+};
+
+/* Something that holds memory it does not use, in the pool's queue: until a fence has passed, and
+ * then until someone wants it. Ranges embed one. Guarded by the pool's lock. */
 typedef struct pool_entry {
-    struct pool_entry *next;
+    struct pool_entry *newer, *older;
     bool linked;
-    bool retired;        /* the owner is gone: reclaim frees the entry when nothing is left */
-    uint64_t epoch;      /* the number of the last fence that does not cover it */
-    size_t queued_bytes; /* awaiting a fence */
-    size_t parked_bytes; /* refused by the driver, awaiting the next try */
-    /* Give back what is covered; with `fenced` all of it, else only what is parked. `retired`
-     * as of the moment that `fenced` was found: an owner who goes later leaves memory that no
-     * fence covers yet. Under work. Sets `gone` when the entry has been freed. */
-    vmm_status (*reclaim)(struct pool_entry *entry, struct pool_work *work, bool fenced,
-                          bool retired, bool *gone);
+    bool retired; /* the owner is gone: the next of its kind takes it over, or reclaim ends it */
+    bool trimmed; /* the owner has given memory up, for others to grow with */
+    bool claimed; /* being reclaimed: nobody takes it over */
+    bool bare;    /* counted in the pool's n_bare */
+    struct pool_entry *next_live, *previous_live; /* while it has an owner */
+    uint64_t epoch; /* the number of the last fence that does not cover it */
+    size_t bytes[POOL_STATES + 1];
+    /* Give back from the end what may go, a set of RECLAIM_*. Under work. `gone`: the owner was,
+     * and nothing is left. */
+    vmm_status (*reclaim)(struct pool_entry *entry, struct pool_work *work, int may_go, bool *gone);
+    void (*discard)(struct pool_entry *entry); /* free it, when it is gone */
 } pool_entry;
 
 typedef struct pool_event {
@@ -61,20 +94,25 @@ struct vmm_pool {
     size_t max_bytes;   /* SIZE_MAX for no budget */
 
     pthread_mutex_t work;
+    int work_waiters; /* growths that want it, before which look-ahead stands back. Atomic */
     pool_block *free_blocks[POOL_SIZE_CLASSES]; /* under work: unmapped, last given back first */
     pool_block *parked_blocks; /* under work: unmapped, but the driver would not release them */
     pool_event *fence;         /* under work: the pending fence, NULL if none */
-    uint64_t fences_passed;    /* under work */
 
     pthread_mutex_t lock;
-    pool_entry *queue; /* entries with something to reclaim */
-    size_t n_queued;
-    bool has_news; /* something was queued since the last look; host pools. Atomic */
-    size_t in_use_bytes, free_bytes, queued_bytes, parked_bytes, peak_bytes;
+    pool_entry *newest, *oldest; /* entries with something that is not in use */
+    size_t n_bare;               /* of them: retired, address space and no memory */
+    bool has_news;               /* something was queued since the last look; host pools. Atomic */
+    size_t bytes[POOL_STATES + 1];
+    size_t peak_bytes;        /* held in all */
+    size_t peak_in_use_bytes; /* so much may be kept that is not in use */
+    uint64_t fences_passed;   /* written under work, too */
     uint64_t fences_recorded;
     size_t live_ranges;
-    void *allocations; /* ranges by their address, see alloc.c */
-    int captures;      /* under the device's fence lock */
+    pool_entry *live;            /* the ranges themselves */
+    struct lookahead *lookahead; /* NULL: off. See lookahead.c */
+    void *allocations;           /* ranges by their address, see alloc.c */
+    int captures;                /* under the device's fence lock */
     pool_event *spare_events;
     pool_callback *callbacks;
     size_t n_callbacks;
@@ -89,8 +127,9 @@ struct vmm_pool {
 typedef struct pool_work {
     vmm_pool *pool;
     uint64_t *tensor_calls;
-    vmm_stream stream; /* takes part, and may be captured: then no fence. VMM_STREAM_NONE */
-    bool waited;       /* for the device, which the caller has allowed */
+    vmm_stream stream;     /* takes part, and may be captured: then no fence. VMM_STREAM_NONE */
+    bool waited;           /* for the device, which the caller has allowed */
+    size_t unmapped_bytes; /* so far */
 } pool_work;
 
 static inline void pool_count(vmm_pool *pool, uint64_t *tensor_calls, vmm_call call) {
@@ -112,11 +151,16 @@ void pool_work_end(pool_work *work);
 /* May this call use the pool: it exists, here. */
 vmm_status pool_check(const vmm_pool *pool, const char *operation);
 
-/* Take a block of `bytes` for mapping, counted as in use. When there is none: blocks that
- * fences have released; smaller ones down to `smallest_bytes`, by halves; with `wait` those
- * behind pending fences. VMM_ERR_OUT_OF_MEMORY after all that. Under work. */
+/* Take a block of `bytes` for mapping, counted as in use. When there is none: what tensors have
+ * trimmed off and fences have released; a new one, for which what was mapped ahead and what is
+ * kept for recycling are given up; smaller ones down to `smallest_bytes`, by halves; with `wait`
+ * those behind pending fences. VMM_ERR_OUT_OF_MEMORY after all that. Under work. */
 vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes, bool wait,
                            pool_block **out);
+
+/* A block for look-ahead, counted as ahead: one that is free, or a new one if there is room for
+ * it. Nothing is given up for it. Under work. */
+vmm_status pool_take_block_ahead(pool_work *work, size_t bytes, pool_block **out);
 
 /* Reserve address space; what closed tensors still hold of it is taken back where it is
  * needed, or where much has gathered. No lock held. */
@@ -127,11 +171,38 @@ vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, ui
  * it has no use or `release` asks. Under work. */
 void pool_give_block(pool_work *work, pool_block *block, bool release);
 
-/* The books. `from` and `to` point to counters of the pool, NULL for none. */
-void pool_move_bytes(vmm_pool *pool, size_t *from, size_t *to, size_t bytes);
+/* Return a block to the driver; one that it refuses is parked. Its bytes are counted nowhere on
+ * entry. Under work. */
+vmm_status pool_release_block(pool_work *work, pool_block *block);
+/* Release free blocks, large ones first, until `enough` bytes have gone back. Under work. */
+vmm_status pool_release_free(pool_work *work, size_t enough);
 
-/* Queue an entry whose bytes have grown, behind the next fence. Under lock. */
+/* The pool holds nothing, and nothing of it is in use; free it then. */
+bool pool_is_empty(vmm_pool *pool);
+void pool_destroy(vmm_pool *pool);
+
+/* The books; `entry` is whose bytes they are, NULL for nobody's. */
+void pool_move_bytes(vmm_pool *pool, pool_entry *entry, pool_state from, pool_state to,
+                     size_t bytes);
+void pool_move_bytes_locked(vmm_pool *pool, pool_entry *entry, pool_state from, pool_state to,
+                            size_t bytes);
+
+/* Under lock: work on what the entry has given up may be under way, so it waits for the next
+ * fence, all of it. */
 void pool_enqueue_locked(vmm_pool *pool, pool_entry *entry);
+/* Under lock: see to it that the pool knows of the entry, as its bytes have changed. */
+void pool_note_locked(vmm_pool *pool, pool_entry *entry);
+
+/* Under lock: a fence has passed since the entry was last queued; and what of the entry that has
+ * been used and given up counts as. */
+bool pool_is_covered(const vmm_pool *pool, const pool_entry *entry);
+pool_state pool_used_state(const vmm_pool *pool, const pool_entry *entry);
+
+/* A retired entry that `fits` the key and may be used at once: its owner from now on is the
+ * caller, who has no lock. At most one fence is recorded and one query made; NULL if that does
+ * not do. `stream` as in pool_work. */
+pool_entry *pool_take_over(vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream,
+                           bool (*fits)(const pool_entry *entry, const void *key), const void *key);
 
 /* On a host pool take back what is queued, now, unless another thread is at work on the
  * pool: that one does it when it ends. No lock held. */
@@ -142,7 +213,11 @@ bool pool_has_queue(vmm_pool *pool);
 /* Run the out-of-memory callbacks, without locks. True if one freed something. */
 bool pool_run_callbacks(vmm_pool *pool, size_t needed_bytes);
 
-void pool_range_added(vmm_pool *pool);
+/* A range has an owner from now on; its owner has gone (under lock); and nothing of the owner's
+ * call is left in the pool. */
+void pool_range_added(vmm_pool *pool, pool_entry *entry);
+void pool_range_added_locked(vmm_pool *pool, pool_entry *entry);
+void pool_range_retired_locked(vmm_pool *pool, pool_entry *entry);
 void pool_range_gone(vmm_pool *pool);
 
 /* Events, recycled: putting one back makes no driver call. */

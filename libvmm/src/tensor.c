@@ -130,7 +130,7 @@ vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out) {
         goto free_tensor;
     }
     status = range_create(pool, tensor->n_lanes, lane_bytes, tensor->spec.block_bytes,
-                          tensor->driver_calls, &tensor->range);
+                          tensor->driver_calls, VMM_STREAM_NONE, &tensor->range);
     if (status)
         goto free_tensor;
     lay_out(tensor);
@@ -190,15 +190,7 @@ vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, vmm_stream stream, rang
     size_t lane_bytes = n_rows * tensor->lane_row_bytes;
     vmm_status status;
     for (bool again = true;; again = false) {
-        pool_work work;
-        *change = (range_change){.work = &work};
-        pool_work_begin(&work, pool, tensor->driver_calls, stream);
-        status = range_extend(change, tensor->range, lane_bytes, true);
-        if (status)
-            range_undo(change, false);
-        else
-            set_mapped(tensor);
-        pool_work_end(&work);
+        status = range_map(change, tensor->range, lane_bytes, tensor->driver_calls, stream);
         if (status != VMM_ERR_OUT_OF_MEMORY || !again)
             break;
         vmm_error shortage = *vmm_last_error();
@@ -207,6 +199,8 @@ vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, vmm_stream stream, rang
         if (!freed)
             break;
     }
+    if (!status)
+        set_mapped(tensor);
     if (status == VMM_ERR_OUT_OF_MEMORY && tensor->n_lanes > 1 && tensor->length == 0) {
         vmm_size_text least;
         vmm_fail_note("; with %zu lanes of at least one block each this tensor needs %s for its "
@@ -217,16 +211,10 @@ vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, vmm_stream stream, rang
 }
 
 void tensor_unmap(vmm_tensor *tensor, range_change *change, bool touched) {
-    pool_work work;
     if (change->n_marks == 0)
         return;
-    vmm_undo_begin();
-    pool_work_begin(&work, tensor->pool, tensor->driver_calls, VMM_STREAM_NONE);
-    change->work = &work;
     range_undo(change, touched);
     set_mapped(tensor);
-    pool_work_end(&work);
-    vmm_undo_end();
 }
 
 vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows) {

@@ -53,7 +53,7 @@ DEFECTS = [
     Defect(
         "fence",
         "queued blocks are unmapped without a fence",
-        "libvmm/src/pool.c",
+        "libvmm/src/queue.c",
         replaces(
             "!parked_only && (!pool->device->ops->is_async || pool->fences_passed > entry->epoch);",
             "!parked_only;",
@@ -120,7 +120,7 @@ DEFECTS = [
     Defect(
         "parked",
         "blocks that the driver refused to take back are not tried again",
-        "libvmm/src/pool.c",
+        "libvmm/src/queue.c",
         replaces("bool retry = pool->parked_bytes > 0;", "bool retry = false;"),
         C.format("test_undo"),
     ),
@@ -134,7 +134,7 @@ DEFECTS = [
     Defect(
         "epoch",
         "what is queued after a fence was recorded counts as before it",
-        "libvmm/src/pool.c",
+        "libvmm/src/queue.c",
         replaces(
             "    entry->epoch = pool->fences_recorded;\n",
             "    if (!entry->linked)\n        entry->epoch = pool->fences_recorded;\n",
@@ -248,14 +248,14 @@ DEFECTS = [
     Defect(
         "capture-fence",
         "a fence is taken between capture_begin() and capture_end()",
-        "libvmm/src/pool.c",
+        "libvmm/src/queue.c",
         replaces("capture = pool->device->captures;", "capture = 0;"),
         PY.format("test_pool.py::test_no_fence_between_capture_begin_and_end"),
     ),
     Defect(
         "own-capture",
         "a fence is taken while the append's own stream is captured",
-        "libvmm/src/pool.c",
+        "libvmm/src/queue.c",
         replaces("if (!status && capture)", "if (!status && pool->device->captures)"),
         C.format("test_streams"),
     ),

@@ -87,16 +87,42 @@ static void check_reserve(world *w) {
     CHECK_OK(vmm_grow(w->made, 3, NULL));
 }
 
-/* So many closed tensors are queued that a reservation looks after them. */
+/* So many closed tensors are queued that a reservation looks after them. No two have the same
+ * geometry, so that none takes another's over. */
 static void many_closed(world *w) {
     vmm_spec spec = world_spec(w);
     vmm_tensor *tensor;
     for (int i = 0; i < 70; i++) {
+        spec.capacity += 16;
         CHECK_OK(vmm_reserve(w->f.pool, &spec, &tensor));
         if (i % 16 == 0)
             CHECK_OK(vmm_grow(tensor, 1, NULL));
         CHECK_OK(vmm_close(tensor));
     }
+}
+
+/* A closed tensor of the same geometry: its range and its blocks are there for the next. */
+static void closed_before(world *w) {
+    vmm_spec spec = world_spec(w);
+    model closed = model_open(&w->f, &spec);
+    model_append(&closed, VMM_UINT8, FIRST_ROWS + MORE_ROWS, VMM_MEMORY_HOST, w->streams[0]);
+    model_close(&closed);
+    world_wait(w);
+}
+
+/* The same on a tensor that has taken one over: some of its growth finds blocks, some does not. */
+static void taken_over(world *w) {
+    vmm_spec spec = world_spec(w);
+    model closed = model_open(&w->f, &spec);
+    model_append(&closed, VMM_UINT8, FIRST_ROWS + MORE_ROWS / 2, VMM_MEMORY_HOST, w->streams[0]);
+    model_close(&closed);
+    world_wait(w);
+    one_tensor(w);
+}
+
+static void append_taken_over(world *w) {
+    taken_over(w);
+    world_rows(w, FIRST, MORE_ROWS, VMM_MEMORY_DEVICE, DENSE);
 }
 
 /* ---- allocations ------------------------------------------------------------------------------- */
@@ -209,6 +235,19 @@ static void queued_memory(world *w) {
     model closed = model_open(&w->f, &spec);
     model_append(&closed, VMM_UINT8, FIRST_ROWS, VMM_MEMORY_HOST, w->streams[1]);
     model_close(&closed);
+}
+
+/* The same where a fence has passed, and of another geometry. */
+static void recycled_memory(world *w) {
+    vmm_spec spec = world_spec(w);
+    world_tensor(w, &spec, FIRST_ROWS);
+    spec.capacity *= 2;
+    for (int i = 0; i < 2; i++) { /* the second looks for the first's */
+        model closed = model_open(&w->f, &spec);
+        model_grow(&closed, FIRST_ROWS, false);
+        model_close(&closed);
+        world_wait(w);
+    }
 }
 
 static int close_second(void *user, size_t needed_bytes) {
@@ -489,6 +528,8 @@ const scene scenes[] = {
     {"reserve", ONE_BLOCKS | TAKES_ADDRESSES, one_tensor, run_reserve, check_reserve, 0},
     {"reserve, many closed before", ONCE | TAKES_ADDRESSES | FENCES, many_closed, run_reserve,
      check_reserve, 0},
+    {"reserve, one like it closed before", CUDA_ONLY | ONE_BLOCKS | TAKES_ADDRESSES | FENCES,
+     closed_before, run_reserve, check_reserve, 0},
     {"pool_alloc", ONE_LAYOUT | TAKES_ADDRESSES | SUBMITS, one_tensor, run_alloc, check_alloc, 0},
     {"pool_alloc, queued memory in the budget", CUDA_ONLY | ONE_BLOCKS | FENCES | SUBMITS,
      queued_memory, run_alloc, check_alloc, 8},
@@ -504,9 +545,14 @@ const scene scenes[] = {
      check_grow, 8},
     {"grow, queued memory in use", CUDA_ONLY | ONE_BLOCKS | FENCES | BUSY, queued_memory, run_grow,
      check_grow, 8},
+    {"grow, over recycled blocks", CUDA_ONLY | ONE_BLOCKS, taken_over, run_grow, check_grow, 0},
+    {"grow, recycled memory in the budget", CUDA_ONLY | ONE_BLOCKS | FENCES, recycled_memory,
+     run_grow, check_grow, 8},
     {"grow, on_oom callback", ONE_BLOCKS | FENCES | SUBMITS | CLOSES, full_budget, run_grow, check_grow, 8},
     {"grow, an abandoned pool", ONCE | FENCES, abandoned_pool, run_grow, check_grow, 0},
     {"append, device memory", SUBMITS, append_device, run_append, check_appended, 0},
+    {"append, over recycled blocks", CUDA_ONLY | SUBMITS | ONE_BLOCKS, append_taken_over,
+     run_append, check_appended, 0},
     {"append, device memory, strided", SUBMITS | ONE_BLOCKS, append_device_strided, run_append,
      check_appended, 0},
     {"append, host memory", SUBMITS, append_host, run_append, check_appended, 0},

@@ -113,7 +113,8 @@ void world_provide(world *w, model *m, const vmm_spec *spec, size_t n_rows) {
     if (w->config->blocks == BLOCKS_RECYCLED) {
         model closed = model_open(&w->f, spec), next = model_open(&w->f, spec);
         model_grow(&closed, 2 * n_rows, false);
-        model_close(&closed);
+        CHECK_OK(vmm_truncate(closed.tensor, 0, VMM_STREAM_NONE));
+        CHECK_OK(vmm_trim(closed.tensor));
         world_wait(w);
         /* This looks for memory, and takes back what is queued; where that means to wait for the
          * device, only when the driver has none. */
@@ -121,6 +122,7 @@ void world_provide(world *w, model *m, const vmm_spec *spec, size_t n_rows) {
             CHECK(the_simulator()->fail("cuMemCreate", 1, 2, 1) == 0);
         model_grow(&next, 1, false);
         model_close(&next);
+        model_close(&closed);
         CHECK_OK(vmm_pool_statistics(w->f.pool, &stats));
         CHECK(stats.free_bytes > 0);
     }
