@@ -1,6 +1,7 @@
 """bench_boundaries.c's twin: 100 000 appends from Python through more than 5 000 block boundaries,
-look-ahead off and on. Ids, rows and blocks as there; on the host base/numpy is as many assignments
-to rows of an array, on a GPU base/torch.copy_ as many copies into a slice, where torch has it."""
+look-ahead off and on, and paced. Ids, rows and blocks as there; on the host base/numpy is as many
+assignments to rows of an array, on a GPU base/torch.copy_ as many copies into a slice, where torch
+has it."""
 
 import time
 
@@ -11,12 +12,20 @@ import pyvmm
 from pyvmm._measure import IN_FLIGHT
 
 APPENDS = 100_000
+PAUSE_NS = 10_000
 MAPPING = ("create", "map", "set_access")
 
 
 def mapping_calls(t: pyvmm.VTensor) -> int:
     calls = t.stats()["driver_calls"]
     return sum(calls[name] for name in MAPPING)
+
+
+def work(ns: int) -> None:
+    """Other work of this thread."""
+    end = time.perf_counter_ns() + ns
+    while ns and time.perf_counter_ns() < end:
+        pass
 
 
 def baseline(bench: Bench, row_bytes: int, n: int) -> str:
@@ -50,8 +59,9 @@ def baseline(bench: Bench, row_bytes: int, n: int) -> str:
 
 
 def appends(bench: Bench, row_bytes: int, block: int, n: int, name: str, base: str) -> None:
+    pause_ns = PAUSE_NS if name == "paced" else 0
     n_warm = 64
-    pool = pyvmm.Pool(bench.device, block_size=block, lookahead=name == "on")
+    pool = pyvmm.Pool(bench.device, block_size=block, lookahead=name != "off")
     t = pyvmm.empty(
         (0, row_bytes), "uint8", axis=0, capacity=n + n_warm, device=bench.device, pool=pool
     )
@@ -66,6 +76,7 @@ def appends(bench: Bench, row_bytes: int, block: int, n: int, name: str, base: s
     mapped_by_caller = 0
     for i in range(n):
         at_boundary = t.mapped == t.length
+        work(pause_ns)
         begin = clock()
         append(source)
         taken = clock() - begin
@@ -95,13 +106,15 @@ def appends(bench: Bench, row_bytes: int, block: int, n: int, name: str, base: s
 
 def main() -> None:
     bench = Bench(
-        "bench_boundaries", "decoding between the appends, which gives look-ahead more time"
+        "bench_boundaries",
+        "decoding between the appends: milliseconds, in which look-ahead has more time",
     )
     row_bytes, block = (104 * 2**10, 2 * 2**20) if bench.is_gpu else (3328, 64 * 2**10)
     n = bench.times(APPENDS)
     base = baseline(bench, row_bytes, n)
     appends(bench, row_bytes, block, n, "off", base)
     appends(bench, row_bytes, block, n, "on", base)
+    appends(bench, row_bytes, block, n, "paced", "")
     bench.close()
 
 

@@ -101,7 +101,7 @@ def test_twins_have_the_same_ids(name, results):
 def test_no_append_through_boundaries_is_left_out(results, target):
     """Every append is within mapped rows or at a boundary, and boundaries are where blocks end."""
     rows = {row["id"]: row for row in results("bench_boundaries", "python")["rows"]}
-    for name in ("off", "on"):
+    for name in ("off", "on", "paced"):
         counts = {part: rows[f"{name}/{part}"]["n"] for part in ("all", "within", "boundary")}
         assert counts["all"] == counts["within"] + counts["boundary"]
         extra = rows[f"{name}/boundary"]["extra"]
