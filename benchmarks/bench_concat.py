@@ -1,17 +1,18 @@
 """What a concat that appends costs its caller, against the frameworks' own concatenate.
 
 `concat/F/N` grows a key/value cache of framework F by one token, from N tokens on, with memory
-mapped ahead; `own/F/N` is F's own concatenate at N tokens. Shape (1, N, 8, 64), float32: 2 KiB
-a token. For torch also what the two ways to reach every call inside a model cost:
-`block/...` pyvmm.torch.inplace_cat(), `mode/...` a TorchFunctionMode that does nothing.
+mapped ahead; `base/F/N` is F's own concatenate at N tokens. Shape (1, N, 8, 64), float32: 2 KiB
+a token. NumPy's part is pyvmm/_bench.py's. For torch also what the two ways to reach every call
+inside a model cost: `torch/block/...` pyvmm.torch.inplace_cat(), `torch/mode/...` a
+TorchFunctionMode that does nothing, both against `torch/bare/...`.
 """
 
-import numpy as np
+from __future__ import annotations
+
 from bench import Bench, keep_large_blocks, timed
 
-import pyvmm
+from pyvmm import _bench
 
-LENGTHS = (1, 64, 1024, 8192)
 TIMES = 50
 
 
@@ -22,36 +23,7 @@ def growing(bench, id, concat, cache, new, baseline=""):
     def step():
         box[0] = concat(box[0], new)
 
-    bench.report(id, [timed(step, TIMES) for _ in range(60)][10:], baseline)
-
-
-def tensor_of(n_rows):
-    """Rows in use, and mapped ahead."""
-    t = pyvmm.empty((1, 0, 8, 64), "float32", axis=1, capacity=20000, device="host")
-    t.map(20000)
-    t.grow(n_rows)
-    return t
-
-
-def own(bench, id, concatenate, n_rows):
-    times = TIMES if n_rows < 1000 else 2
-    bench.report(id, [timed(concatenate, times) for _ in range(60)][10:])
-
-
-def of_numpy(bench):
-    row = np.ones((1, 1, 8, 64), "float32")
-    for n_rows in LENGTHS:
-        plain = np.ones((1, n_rows, 8, 64), "float32")
-        own(bench, f"own/numpy/{n_rows}", lambda: np.concatenate((plain, row), 1), n_rows)  # noqa: B023
-        cache = np.asarray(tensor_of(n_rows))
-        growing(
-            bench,
-            f"concat/numpy/{n_rows}",
-            lambda c, n: pyvmm.concat(c, n, 1),
-            cache,
-            row,
-            f"own/numpy/{n_rows}",
-        )
+    bench.report(id, [timed(step, TIMES) for _ in range(bench.times(60) + 5)][5:], baseline)
 
 
 def of_torch(bench):
@@ -66,39 +38,51 @@ def of_torch(bench):
 
     torch.set_num_threads(1)
     row = torch.ones((1, 1, 8, 64))
-    for n_rows in LENGTHS:
+    for n_rows in (1, 64, 1024, 8192):
         plain = torch.ones((1, n_rows, 8, 64))
-        own(bench, f"own/torch/{n_rows}", lambda: torch.cat((plain, row), 1), n_rows)  # noqa: B023
-        cache = torch.from_dlpack(tensor_of(n_rows))
+        times = TIMES if n_rows < 1000 else 2
+        samples = [
+            timed(lambda: torch.cat((plain, row), 1), times)  # noqa: B023 (called at once)
+            for _ in range(bench.times(60) + 5)
+        ]
+        bench.report(f"base/torch/{n_rows}", samples[5:])
+        t = pyvmm.empty((1, 0, 8, 64), "float32", axis=1, capacity=20000, device="host")
+        t.map(20000)
+        t.grow(n_rows)
+        cache = torch.from_dlpack(t)
         growing(
             bench,
             f"concat/torch/{n_rows}",
             lambda c, n: pyvmm.torch.cat((c, n), 1),
             cache,
             row,
-            f"own/torch/{n_rows}",
+            f"base/torch/{n_rows}",
         )
     with pyvmm.torch.inplace_cat():
         cache = torch.cat((torch.cat((row, row), 1), row), 1)
-        growing(bench, "block/growing", lambda c, n: torch.cat((c, n), 1), cache, row)
+        growing(bench, "torch/block/growing", lambda c, n: torch.cat((c, n), 1), cache, row)
     # What a model that grows nothing pays.
     x = torch.ones((1, 1, 8, 64))
     calls = {"cat": lambda: torch.cat((x, row), -1), "add": lambda: torch.add(x, x)}
     calls["view"] = lambda: x.view(-1)
+    n = bench.times(60)
     for name, call in calls.items():
-        bench.report(f"torch/{name}", [timed(call, TIMES) for _ in range(60)][10:])
+        bare = f"torch/bare/{name}"
+        bench.report(bare, [timed(call, TIMES) for _ in range(n + 5)][5:])
         with pyvmm.torch.inplace_cat():
-            bench.report(f"block/{name}", [timed(call, TIMES) for _ in range(60)][10:])
+            samples = [timed(call, TIMES) for _ in range(n + 5)]
+        bench.report(f"torch/block/{name}", samples[5:], bare)
         with Nothing():
-            bench.report(f"mode/{name}", [timed(call, TIMES) for _ in range(60)][10:])
+            samples = [timed(call, TIMES) for _ in range(n + 5)]
+        bench.report(f"torch/mode/{name}", samples[5:], bare)
 
 
 def main():
     keep_large_blocks()
-    bench = Bench("bench_concat", "a GPU's time; memory that is mapped on the way")
-    if bench.is_cuda:
+    bench = Bench("bench_concat", _bench.MEASUREMENTS["concat"].not_measured)
+    if bench.is_gpu:
         raise SystemExit("bench_concat measures on the host")
-    of_numpy(bench)
+    _bench.concat(bench)
     try:
         of_torch(bench)
     except ImportError:

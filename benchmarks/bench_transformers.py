@@ -1,20 +1,27 @@
 """pyvmm.transformers.VMMCache against DynamicCache on the host: what a step's update costs,
-and how fast attention reads each layout.
+how fast attention reads each layout, and a decode step of a small Llama at a long context against
+one buffer of the final size with huge pages (`step/N/bound`), which no cache can beat.
 
-    python benchmarks/bench_transformers.py [--out FOLDER]
+    python benchmarks/bench_transformers.py [--out FOLDER] [--quick]
 
-All of it is CPU time of one thread, which another process on the machine does not disturb.
+update and attend are CPU time of one thread, which another process on the machine does not
+disturb; step is wall clock, with as many threads as torch takes. Its model has 4 layers and as many
+key/value heads as query heads, 8 of 128, so that the cache is most of what a step reads; caches
+take turns, and contexts are set by filling them, not by a pass over a prompt.
 """
 
 from __future__ import annotations
 
 import functools
+import mmap
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from bench import Bench, keep_large_blocks
-from transformers import DynamicCache, LlamaConfig
+from hf_decode import BoundLayer
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from pyvmm.transformers import VMMCache
 
@@ -99,16 +106,70 @@ def attend(bench: Bench) -> None:
                 bench.report(f"{kind}/{layout}", samples[layout], f"{kind}/seq")
 
 
+class HugePages(BoundLayer):
+    """The bound of a host: huge pages, and all of it touched before."""
+
+    def _buffer(self, states: torch.Tensor) -> torch.Tensor:
+        batch, heads, _, dim = states.shape
+        shape = batch, heads, self.capacity, dim
+        memory = mmap.mmap(-1, batch * heads * self.capacity * dim * states.element_size())
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=states.dtype).fill_(0).view(shape)
+
+
+def step(bench: Bench) -> None:
+    small = LlamaConfig(
+        hidden_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=2816,
+        vocab_size=1000,
+        max_position_embeddings=131_072,
+    )
+    model = AutoModelForCausalLM.from_config(small).eval()
+    token = torch.ones(1, 1, dtype=torch.long)
+    n_steps = bench.times(31)
+    for context in (64,) if bench.quick else (8192, 32768):
+        caches: dict[str, Any] = {
+            "bound": DynamicCache(config=small),
+            "VMMCache": VMMCache(small),
+            "DynamicCache": DynamicCache(config=small),
+        }
+        caches["bound"].layers = [
+            HugePages(context + n_steps + 8, "c") for _ in range(small.num_hidden_layers)
+        ]
+        for layer in range(small.num_hidden_layers):
+            for begin in range(0, context, 1024):
+                new = torch.randn(2, 1, 8, min(1024, context - begin), 128)
+                for cache in caches.values():
+                    cache.update(*new, layer)
+        samples: dict[str, list[float]] = {name: [] for name in caches}
+        for i in range(-3, n_steps):
+            for name, cache in caches.items():
+                begin_ns = time.perf_counter_ns()
+                model(token, past_key_values=cache)
+                if i >= 0:
+                    samples[name].append(time.perf_counter_ns() - begin_ns)
+        for name in caches:
+            bench.report(f"step/{context}/{name}", samples[name], f"step/{context}/DynamicCache")
+
+
 def main() -> None:
     keep_large_blocks()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     bench = Bench(
-        "bench_transformers", "prefill, and the rest of a model's step; CPU time of one thread"
+        "bench_transformers", "prefill; models with grouped heads; batches of a whole step"
     )
     with torch.inference_mode():
-        update(bench)
-        attend(bench)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        if not bench.quick:
+            update(bench)
+            attend(bench)
+        torch.set_num_threads(threads)
+        step(bench)
     bench.close(torch=torch.__version__, layers=LAYERS)
 
 

@@ -5,7 +5,8 @@
 K and V of one layer, bfloat16, batch 8, 32 heads of 128:
 
     device time   per append of K and V (one launch) in a captured graph of 1 000, against
-                  torch.cat of both in a captured graph, layouts seq and lane
+                  torch.cat of both in a captured graph, layouts seq and lane; also for batch 32,
+                  8 heads, 65536 tokens, and of K alone with rows of 2, 16 and 64 KiB
     attention     one decode step (SDPA, flash) over the cache, against the same over
                   torch.empty memory with the same strides
     host time     of append, append_many and grow from Python, against copying a row into a
@@ -19,6 +20,7 @@ Writes gpu_append-MACHINE.json, in the form that compare.py reads, and a Markdow
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -61,20 +63,33 @@ class Run:
             self.failures.append(what)
             print(f"WRONG: {what}")
 
-    def row(self) -> torch.Tensor:
-        row = torch.randn(BATCH, 1, HEADS, DIM, device=self.device, dtype=DTYPE)
+    def row(self, batch: int = BATCH, heads: int = HEADS) -> torch.Tensor:
+        row = torch.randn(batch, 1, heads, DIM, device=self.device, dtype=DTYPE)
         torch.cuda.synchronize(self.device)
         return row
 
     def close(self, *tensors: pyvmm.VTensor) -> None:
+        """A graph that appends to a tensor pins it, until the driver has given the graph up."""
+        gc.collect()
+        torch.cuda.synchronize(self.device)
         for t in tensors:
-            t.close()
+            for _ in range(100):
+                try:
+                    t.close()
+                except BufferError:
+                    time.sleep(0.02)
+                else:
+                    break
+            else:
+                print(f"still pinned: {t!r}")
         pyvmm.default_pool(str(self.device)).trim(wait=True)
         torch.cuda.empty_cache()
 
-    def empty(self, layout: str, capacity: int, **arguments: Any) -> pyvmm.VTensor:
+    def empty(
+        self, layout: str, capacity: int, batch: int = BATCH, heads: int = HEADS, **arguments: Any
+    ) -> pyvmm.VTensor:
         return pyvmm.empty(
-            (BATCH, 0, HEADS, DIM),
+            (batch, 0, heads, DIM),
             "bfloat16",
             axis=1,
             capacity=capacity,
@@ -83,14 +98,16 @@ class Run:
             **arguments,
         )
 
-    def filled(self, layout: str, length: int, capacity: int) -> pyvmm.VTensor:
+    def filled(
+        self, layout: str, length: int, capacity: int, batch: int = BATCH, heads: int = HEADS
+    ) -> pyvmm.VTensor:
         """A tensor of `length` random rows, all of its capacity mapped."""
-        t = self.empty(layout, capacity)
+        t = self.empty(layout, capacity, batch, heads)
         t.map(capacity)
         for begin in range(0, length, 1024):
             n = min(1024, length - begin)
             with torch.cuda.stream(self.stream):
-                x = torch.randn(BATCH, n, HEADS, DIM, device=self.device, dtype=DTYPE)
+                x = torch.randn(batch, n, heads, DIM, device=self.device, dtype=DTYPE)
                 t.append(x, stream=self.stream)
         torch.cuda.synchronize(self.device)
         return t
@@ -104,11 +121,17 @@ class Run:
             work()
         return graph
 
-    def replay_ns(self, graphs: list[torch.cuda.CUDAGraph], nodes: int) -> list[list[float]]:
+    def replay_ns(
+        self,
+        graphs: list[torch.cuda.CUDAGraph],
+        nodes: int,
+        replays: int = REPLAYS,
+        after: Callable[[], object] = lambda: None,
+    ) -> list[list[float]]:
         """Device nanoseconds per node of each graph, replayed in turns."""
         samples: list[list[float]] = [[] for _ in graphs]
         with torch.cuda.stream(self.stream):
-            for round in range(-3, REPLAYS):
+            for round in range(-3, replays):
                 for graph, times in zip(graphs, samples, strict=True):
                     begin = torch.cuda.Event(enable_timing=True)
                     end = torch.cuda.Event(enable_timing=True)
@@ -116,30 +139,42 @@ class Run:
                     graph.replay()
                     end.record(self.stream)
                     end.synchronize()
+                    after()
                     if round >= 0:
                         times.append(begin.elapsed_time(end) * 1e6 / nodes)
         return samples
 
 
-def cat_time(run: Run, new_k: torch.Tensor, new_v: torch.Tensor) -> None:
-    shape = BATCH, run.length, HEADS, DIM
-    keys = torch.randn(shape, device=run.device, dtype=DTYPE)
+def cat_time(run: Run, id: str, batch: int, heads: int, length: int, nodes: int) -> None:
+    new_k, new_v = (run.row(batch, heads) for _ in "kv")
+    keys = torch.randn((batch, length, heads, DIM), device=run.device, dtype=DTYPE)
     values = torch.randn_like(keys)
 
     def cat() -> None:
-        for _ in range(CAT_NODES):
+        for _ in range(nodes):
             torch.cat((keys, new_k), dim=1)
             torch.cat((values, new_v), dim=1)
 
     torch.cuda.synchronize(run.device)
-    [samples] = run.replay_ns([run.capture(cat)], CAT_NODES)
-    run.bench.report("device/cat-k-and-v", samples)
+    [samples] = run.replay_ns([run.capture(cat)], nodes, REPLAYS if nodes == CAT_NODES else 10)
+    run.bench.report(id, samples)
 
 
-def append_time(run: Run, id: str, tensors: list[pyvmm.VTensor], rows: list[torch.Tensor]) -> None:
-    """Device time of a captured append to all of `tensors`; the rows are looked at, too."""
+def append_time(
+    run: Run,
+    id: str,
+    tensors: list[pyvmm.VTensor],
+    rows: list[torch.Tensor],
+    length: int,
+    baseline: str = "",
+) -> None:
+    """Device time of a captured append to all of `tensors`; the rows are looked at, too. A captured
+    append goes where the tensor's cursor stands, and the host follows after each replay."""
+    follows = hasattr(tensors[0], "advance")
     for t in tensors:
-        t.truncate(run.length)
+        t.truncate(length)
+        if follows:
+            t.cursor  # noqa: B018 (made here, not in the capture)
 
     def launches() -> int:
         return sum(t.stats()["driver_calls"]["launch"] for t in tensors)
@@ -148,29 +183,59 @@ def append_time(run: Run, id: str, tensors: list[pyvmm.VTensor], rows: list[torc
         for _ in range(NODES):
             pyvmm.append_many(tensors, rows, stream=run.stream)
 
+    def follow() -> None:
+        for t in tensors if follows else []:
+            t.advance(NODES)
+            t.truncate(length)
+
     before = launches()
     graph = run.capture(append)
-    run.check(f"{id}: one launch for each append", launches() - before == NODES)
-    [samples] = run.replay_ns([graph], NODES)
-    run.bench.report(id, samples, "device/cat-k-and-v" if len(tensors) == 2 else "")
+    # What a cursor takes to be made comes on top of the launches of the appends.
+    run.check(f"{id}: one launch for each append", 0 <= launches() - before - NODES <= 8)
+    [samples] = run.replay_ns([graph], NODES, after=follow)
+    row_bytes = sum(t.nbytes for t in rows)
+    run.bench.report(id, samples, baseline, row_bytes=row_bytes, nodes=NODES)
     with torch.cuda.stream(run.stream):
+        if follows:
+            graph.replay()
+            for t in tensors:
+                t.advance(NODES)
         for t, row in zip(tensors, rows, strict=True):
-            appended = torch.from_dlpack(t)[:, run.length :]
+            appended = torch.from_dlpack(t)[:, length:]
             run.check(f"{id}: {NODES} rows", appended.shape[1] == NODES)
             run.check(f"{id}: what they hold", bool((appended == row).all()))
     torch.cuda.synchronize(run.device)
+    del graph
 
 
 def device_time(run: Run) -> None:
     """(a): the cost of a node."""
-    new_k, new_v = run.row(), run.row()
-    cat_time(run, new_k, new_v)
+    cat_time(run, "device/cat-k-and-v", BATCH, HEADS, run.length, CAT_NODES)
     torch.cuda.empty_cache()
     for layout in ("seq", "lane"):
         k, v = (run.filled(layout, run.length, run.length + NODES + 16) for _ in "kv")
-        append_time(run, f"device/append-k-and-v/{layout}", [k, v], [new_k, new_v])
-        append_time(run, f"device/append-k/{layout}", [k], [new_k])
+        rows = [run.row(), run.row()]
+        cat = "device/cat-k-and-v"
+        append_time(run, f"device/append-k-and-v/{layout}", [k, v], rows, run.length, cat)
         run.close(k, v)
+        for heads in (1, 8, 32):
+            k = run.filled(layout, 64, 64 + NODES + 16, heads=heads)
+            size = f"{BATCH * heads * DIM * 2 // 1024}KiB"
+            row = run.row(heads=heads)
+            append_time(run, f"device/append-k/{layout}/{size}", [k], [row], 64)
+            run.close(k)
+
+
+def device_time_long(run: Run) -> None:
+    """(a), where a concatenate copies 8 GiB."""
+    batch, heads, length = 32, 8, 65536
+    cat = "device/cat-k-and-v/long"
+    cat_time(run, cat, batch, heads, length, 5)
+    torch.cuda.empty_cache()
+    k, v = (run.filled("seq", length, length + NODES + 16, batch, heads) for _ in "kv")
+    rows = [run.row(batch, heads) for _ in "kv"]
+    append_time(run, "device/append-k-and-v/long", [k, v], rows, length, cat)
+    run.close(k, v)
 
 
 def attention_over(run: Run, layout: str, tensors: list[pyvmm.VTensor]) -> None:
@@ -317,6 +382,15 @@ def markdown(run: Run) -> str:
         id = f"device/append-k-and-v/{layout}"
         ratio = p50["device/cat-k-and-v"] / p50[id]
         lines.append(f"| append of K and V in place, layout {layout} | {ratio:.0f} | {us(id)} |")
+    if "device/append-k-and-v/long" in p50:
+        cat, id = "device/cat-k-and-v/long", "device/append-k-and-v/long"
+        lines.append(f"| torch.cat, batch 32, 8 heads, 65536 tokens | | {us(cat)} |")
+        lines.append(f"| append in place, the same | {p50[cat] / p50[id]:.0f} | {us(id)} |")
+    lines += [
+        f"| append of K in place, {id.removeprefix('device/append-k/')} a row | | {us(id)} |"
+        for id in p50
+        if id.startswith("device/append-k/")
+    ]
     lines += ["", "## Attention over the cache", "", "| | ratio | µs |", "|---|---|---|"]
     for layout in ("seq", "lane"):
         lines.append(
@@ -359,8 +433,12 @@ def main() -> int:
         print("gpu_append needs torch with CUDA and a GPU", file=sys.stderr)
         return 77
     run = Run(options)
-    for part in (device_time, attention, host_time, driver_calls):
-        part(run)
+    for part in (device_time, attention, host_time, driver_calls, device_time_long):
+        try:
+            part(run)
+        except (torch.cuda.OutOfMemoryError, pyvmm.VMMError) as error:
+            run.failures.append(f"{part.__name__}: {error}")
+            print(f"{part.__name__}: {error}")
     run.bench.close(facts=run.facts, failures=run.failures, torch=torch.__version__)
     text = markdown(run)
     path = options.out / f"gpu_append-{slug(run.bench.machine)}.md"

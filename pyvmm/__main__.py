@@ -1,4 +1,4 @@
-"""python -m pyvmm info | demo"""
+"""python -m pyvmm info | demo | bench | plot"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyvmm
+from pyvmm import _bench
 from pyvmm._report import Table, show
 from pyvmm._sizes import size_text
 
@@ -21,7 +22,8 @@ FRAMEWORKS = ("numpy", "torch", "cupy-cuda12x", "cupy-cuda13x", "jax", "paddlepa
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        return info() if options.command == "info" else demo(options)
+        status: int = options.run(options)
+        return status
     except (ValueError, pyvmm.VMMError) as error:
         print(f"pyvmm: {error}", file=sys.stderr)
         return 1
@@ -37,8 +39,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m pyvmm", description="Tensors that grow in place: what runs here, and how."
     )
     top.add_argument("--version", action="version", version=f"pyvmm {pyvmm.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="info | demo")
-    commands.add_parser("info", help="version, drivers found and why not, devices")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    about = commands.add_parser("info", help="version, drivers found and why not, devices")
+    about.set_defaults(run=info)
     demo = commands.add_parser(
         "demo", help="a decode loop that grows its cache in place, against concatenate"
     )
@@ -47,6 +50,30 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--plot", type=Path, metavar="FILE", help="write time per token against length as a PNG"
     )
+    demo.set_defaults(run=run_demo)
+    bench = commands.add_parser(
+        "bench", help="what growing, appending and opening cost on a device, against doing without"
+    )
+    bench.add_argument(
+        "device", nargs="?", help="host, cuda:N or hip:N; by default a GPU where there is one"
+    )
+    bench.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="folder of the results (this one)"
+    )
+    bench.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(_bench.MEASUREMENTS)}"
+    )
+    bench.add_argument("--quick", action="store_true", help="few samples, to see that it runs")
+    bench.set_defaults(run=run_bench)
+    plot = commands.add_parser("plot", help="draw what the benchmarks measured")
+    plot.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULT", help="JSON files, or folders of them"
+    )
+    plot.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="folder of the pictures (this one)"
+    )
+    plot.add_argument("--format", choices=("png", "svg"), default="png")
+    plot.set_defaults(run=run_plot)
     return top
 
 
@@ -57,13 +84,23 @@ def positive(text: str) -> int:
     return value
 
 
-def demo(options: argparse.Namespace) -> int:
+def run_demo(options: argparse.Namespace) -> int:
     from pyvmm import _demo
 
     return _demo.run(options.device, options.tokens, options.plot)
 
 
-def info() -> int:
+def run_bench(options: argparse.Namespace) -> int:
+    return _bench.run(options.device, options.out, options.only, options.quick)
+
+
+def run_plot(options: argparse.Namespace) -> int:
+    from pyvmm import _plot
+
+    return _plot.run(options.results, options.out, options.format)
+
+
+def info(options: argparse.Namespace) -> int:
     found: list[Mapping[str, Any]] = [pyvmm.device_info("host")]
     drivers: list[Sequence[str]] = [("host", "yes")]
     notes: list[str] = []

@@ -7,7 +7,6 @@ synchronised around each stretch of tokens, not around each token.
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import numpy as np
 
 import pyvmm
 from pyvmm import _plot
+from pyvmm._measure import keep_large_blocks
 from pyvmm._report import Table, progress, show
 
 HEADS, DIM = 32, 128
@@ -59,7 +59,7 @@ def torch_arrays(device: str) -> Arrays:
         lambda array: torch.from_numpy(array).to(device),
         lambda cache, new: torch.cat((cache, new), dim=1),
         lambda tensor, cache: bool(torch.equal(torch.from_dlpack(tensor), cache)),
-        lambda: torch.cuda.synchronize(device),
+        (lambda: None) if device == "cpu" else (lambda: torch.cuda.synchronize(device)),
     )
 
 
@@ -100,18 +100,6 @@ def find_device() -> str:
     except pyvmm.VMMError:
         return "host"
     return "cuda:0"
-
-
-def keep_large_blocks() -> None:
-    """Tell glibc to keep what is freed: else every concatenate on the host faults its pages in
-    anew, and the comparison would flatter the cache that grows in place."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_threshold, 2**31 - 1)
 
 
 @dataclass

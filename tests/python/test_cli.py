@@ -137,7 +137,7 @@ def test_plot_that_cannot_be_drawn_is_refused_at_once(tmp_path, host):
     "arguments, status, message",
     [
         ((), 2, "usage"),
-        (("bench",), 2, "invalid choice"),
+        (("nonsense",), 2, "invalid choice"),
         (("demo", "--tokens", "0"), 2, "at least 1"),
         (("demo", "--tokens", "many"), 2, "many"),
         (("demo", "--device", "gpu"), 1, "unknown device 'gpu'"),

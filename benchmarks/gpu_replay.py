@@ -1,0 +1,200 @@
+"""One captured append, replayed while the tensor grows; needs torch with CUDA and pyvmm's cursor.
+
+    python benchmarks/gpu_replay.py --out FOLDER [--device cuda:0] [--replays 10000]
+
+A graph appends one row of K and V that another kernel of the graph makes (the step's number), and
+is replayed 10 000 times through growth; the host maps ahead of a replay and follows with advance().
+In the end every byte is compared. Then a replay past what is mapped: advance() must raise, and no
+byte may have changed.
+
+    replay/ours    host time of t.map(), replay() and t.advance() for a step
+    replay/bare    of replay() alone, of the same graph with a copy into one place for the append
+    device/ours, device/bare   device time a replay, by events around 100 of them
+    overflow       host time of a replay past the end with the refusal (one sample)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import RESULTS, Bench
+
+import pyvmm
+
+SHAPE = (8, 1, 8, 128)  # 16 KiB in bfloat16
+
+
+class Run:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device = torch.device(options.device)
+        torch.cuda.set_device(self.device)
+        self.stream = torch.cuda.Stream(self.device)
+        self.replays: int = options.replays
+        self.failures: list[str] = []
+        self.bench = Bench(
+            "gpu_replay", "a model's step: benchmarks of issue 6", str(self.device), options.out
+        )
+
+    def check(self, what: str, right: bool) -> None:
+        if not right:
+            self.failures.append(what)
+            print(f"WRONG: {what}")
+
+
+def new_rows(run: Run) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    step = torch.zeros(1, dtype=torch.int32, device=run.device)
+    return step, [torch.empty(SHAPE, dtype=torch.int32, device=run.device) for _ in "kv"]
+
+
+def capture(run: Run, pool: pyvmm.Pool, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(run.device)
+    with pool.capturing(), torch.cuda.graph(graph, stream=run.stream):
+        work()
+    return graph
+
+
+def timed_replays(run: Run, n: int, step: Callable[[], object]) -> tuple[list[float], list[float]]:
+    """Host time of each, and device time of a hundred of them."""
+    host, device = [], []
+    with torch.cuda.stream(run.stream):
+        for begin in range(0, n, 100):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record(run.stream)
+            for _ in range(min(100, n - begin)):
+                at = time.perf_counter_ns()
+                step()
+                host.append(time.perf_counter_ns() - at)
+            last.record(run.stream)
+            last.synchronize()
+            device.append(first.elapsed_time(last) * 1e6 / 100)
+    return host, device
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="gpu_replay.py")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--replays", type=int, default=10_000)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_replay needs torch with CUDA and a GPU", file=sys.stderr)
+        return 77
+    run = Run(options)
+    pool = pyvmm.Pool(str(run.device), block_size="2MiB")
+    n = run.replays
+
+    # The baseline: the same graph with a copy where ours appends.
+    step, rows = new_rows(run)
+    places = [torch.empty_like(row) for row in rows]
+
+    def make_rows() -> None:
+        for row in rows:
+            row.copy_(step.expand(SHAPE))
+        step.add_(1)
+
+    def bare() -> None:
+        make_rows()
+        for place, row in zip(places, rows, strict=True):
+            place.copy_(row)
+
+    with torch.cuda.stream(run.stream):
+        bare()
+    graph = capture(run, pool, bare)
+    timed_replays(run, 500, graph.replay)
+    host, device = timed_replays(run, n, graph.replay)
+    run.bench.report("replay/bare", host)
+    run.bench.report("device/bare", device)
+
+    tensors = [
+        pyvmm.empty(
+            (SHAPE[0], 0, *SHAPE[2:]),
+            "int32",
+            axis=1,
+            capacity=2 * n + 1024,
+            device=str(run.device),
+            pool=pool,
+        )
+        for _ in "kv"
+    ]
+    if not hasattr(tensors[0], "advance"):
+        print("this pyvmm has no cursor: VTensor.advance is missing", file=sys.stderr)
+        return 77
+    with torch.cuda.stream(run.stream):
+        pyvmm.append_many(tensors, rows, stream=run.stream)  # so that all is loaded
+        for t in tensors:
+            t.truncate(0)
+        step.zero_()
+
+    def append() -> None:
+        make_rows()
+        pyvmm.append_many(tensors, rows, stream=run.stream)
+
+    graph = capture(run, pool, append)
+    k, v = tensors
+
+    def ours() -> None:
+        end = k.length + 1
+        if end > k.mapped:
+            k.map(end)
+            v.map(end)
+        graph.replay()
+        k.advance(1)
+        v.advance(1)
+
+    blocks = [t.stats()["block_count"] for t in tensors]
+    host, device = timed_replays(run, n, ours)
+    growths = sum(t.stats()["block_count"] for t in tensors) - sum(blocks)
+    run.bench.report("replay/ours", host, "replay/bare", blocks_mapped=growths)
+    run.bench.report("device/ours", device, "device/bare")
+    run.check(f"{n} rows in use", all(t.length == n for t in tensors))
+    wanted = torch.arange(n, dtype=torch.int32, device=run.device).view(1, n, 1, 1)
+    with torch.cuda.stream(run.stream):
+        for t in tensors:
+            run.check("every row", bool((torch.from_dlpack(t) == wanted).all()))
+
+    overflow(run, graph, tensors)
+    facts: dict[str, Any] = {"replays": n, "failures": run.failures, "torch": torch.__version__}
+    run.bench.close(**facts)
+    return 1 if run.failures else 0
+
+
+def overflow(run: Run, graph: torch.cuda.CUDAGraph, tensors: list[pyvmm.VTensor]) -> None:
+    """Replay until what is mapped is used up, and once more."""
+    k, v = tensors
+    with torch.cuda.stream(run.stream):
+        while k.length < k.mapped and v.length < v.mapped:
+            graph.replay()
+            k.advance(1)
+            v.advance(1)
+        torch.cuda.synchronize(run.device)
+        before = [torch.from_dlpack(t).clone() for t in tensors]
+        begin = time.perf_counter_ns()
+        graph.replay()
+        torch.cuda.synchronize(run.device)
+        refused = []
+        for t in tensors:
+            if t.length < t.mapped:
+                continue
+            try:
+                t.advance(1)
+                refused.append(False)
+            except (pyvmm.VMMError, ValueError) as error:
+                print(f"advance() past what is mapped: {type(error).__name__}: {error}")
+                refused.append(True)
+        run.bench.report("overflow", [time.perf_counter_ns() - begin])
+        run.check("advance() raises past what is mapped", bool(refused) and all(refused))
+        for t, old in zip(tensors, before, strict=True):
+            now = torch.from_dlpack(t)
+            same = now.shape == old.shape and bool((now == old).all())
+            run.check("nothing was written", same)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
