@@ -304,7 +304,7 @@ class VMMLayer(DynamicLayer):
         if not (_is_storable(key_states) and _is_storable(value_states)):
             return self._concatenate(key_states, value_states)
         dense = _dense(key_states), _dense(value_states)
-        if pair.length == 0 and not _fits(pair, key_states, value_states):
+        if pair.length == 0 and not pair.is_for(key_states, value_states):
             # Nothing is lost: other sequences begin, say of another batch size.
             fresh = self._reserve(key_states, value_states, key_states.shape[-2])
             fresh.append(*dense)
@@ -365,14 +365,6 @@ def _dense(states: torch.Tensor) -> torch.Tensor:
     """States that can be appended: without gradients, the last dimension dense."""
     states = states.detach() if states.requires_grad else states
     return states if states.stride(-1) == 1 else states.contiguous()
-
-
-def _fits(pair: KVPair, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-    return all(
-        (*a.shape[:-2], a.shape[-1]) == (*b.shape[:-2], b.shape[-1])
-        and (a.dtype, a.device) == (b.dtype, b.device)
-        for a, b in ((pair.keys, key_states), (pair.values, value_states))
-    )
 
 
 def _restored(
