@@ -167,7 +167,10 @@ class _Group:
 
     def __init__(self, window: int | None, pair: KVPair, uniform: bool) -> None:
         self.window = window
-        self.cursor = torch.from_dlpack(pair.key_tensor.cursor)
+        if hasattr(pair.key_tensor, "cursor"):
+            self.cursor = torch.from_dlpack(pair.key_tensor.cursor)
+        else:
+            self.cursor = lambda: torch.tensor(getattr(pair.key_tensor, "lengths", (pair.key_tensor.length,)), dtype=torch.int32)
         keys = pair.reserved[0]
         # Where sequences begin, in rows of the pair.
         n = 1 if uniform else keys.shape[0]
@@ -188,6 +191,10 @@ class _Steps:
         self.device = keys.device
         self.batch = keys.shape[0]
         self.layout = pairs[0].key_tensor.layout
+        self.capacity = min(
+            (p.capacity for p, w in zip(pairs, windows, strict=True) if w is None),
+            default=1 << 62,
+        )
         self.graphs: dict[int, Recorded] = {}
         self.tensors = [t for pair in pairs for t in (pair.key_tensor, pair.value_tensor)]
         self.pads: tuple[int, ...] = ()
@@ -277,7 +284,8 @@ class _Steps:
     def _plan(self, group: _Group) -> None:
         backend, n_chunks = self._chosen(group.window)
         longest = self.bucket if group.window is None else min(self.bucket, group.window)
-        cursor = group.cursor[: len(group.first)]
+        cursor = group.cursor() if callable(group.cursor) else group.cursor
+        cursor = cursor[: len(group.first)]
         starts, lengths = _attention.plan(cursor, group.first, group.window, n_chunks)
         keys = self.pairs[self.windows.index(group.window)].reserved[0]
         group.reads = _attention.Reads(
@@ -317,20 +325,13 @@ class _Steps:
 class _Run:
     """One cache under capture: its layers, and the steps over them."""
 
-    def __init__(self, layers: list[Any], steps: _Steps | None) -> None:
+    def __init__(self, layers: list[Any], steps: _Steps | None, is_plain: bool) -> None:
         self.layers = layers
         self.steps = steps
+        # Made by generate(), say: another like it can take over the memory.
+        self.is_plain = is_plain
         # Of the last captured step: the tokens after it, and whether a mask was given.
         self.known: tuple[int, bool] = (-1, False)
-        self.batch = 0
-
-    def length(self) -> int:
-        layer = self.layers[0]
-        pair = layer._pair
-        if isinstance(layer, CapturedSliding) or pair is None:
-            length: int = layer.get_seq_length()
-            return length
-        return int(pair.key_tensor.length)
 
 
 def _is_adoptable(layer: Any) -> bool:
@@ -353,8 +354,8 @@ class Captured:
         self.reasons: set[str] = set()
         self._lock = threading.Lock()
         self._runs: weakref.WeakKeyDictionary[Any, _Run] = weakref.WeakKeyDictionary()
-        # Runs whose cache has gone. Filled by finalizers, on any thread.
-        self._kept: deque[_Run] = deque(maxlen=_MOST_KEPT)
+        # Steps whose cache has gone. Filled by finalizers, on any thread.
+        self._kept: deque[_Steps] = deque(maxlen=_MOST_KEPT)
         self._impossible: str | None = None
         self.graphs: type[Graph] = CudaGraph if graphs is None else graphs
         if graphs is None and model.device.type != "cuda":
@@ -409,7 +410,7 @@ class Captured:
     def step(self) -> Callable[..., Any]:
         """The twin, compiled where that was asked for."""
         if self._step is None:
-            self._step = _twin(self.model)
+            self._step = _twin(self.model).forward  # hooks of the model run around a replay
             if self.compile:
                 self._step = torch.compile(self._step, dynamic=False)
         return self._step
@@ -459,6 +460,8 @@ class Captured:
         """Put layers that can be captured in the place of the cache's own."""
         if type(cache) not in (DynamicCache, VMMCache) or cache.offloading:
             raise _Unfit(f"{type(cache).__name__} is no DynamicCache or VMMCache, or offloads")
+        if not cache.layers:
+            raise _Unfit  # they come with the first update
         with self._lock:
             if not all(
                 _is_adoptable(layer) or isinstance(layer, (CapturedLayer, CapturedSliding))
@@ -477,7 +480,9 @@ class Captured:
                 if kept is not None:
                     new.kept = kept.pairs[index]
                 cache.layers[index] = new
-            run = self._runs[cache] = _Run(cache.layers, kept)
+            run = self._runs[cache] = _Run(
+                cache.layers, kept, type(cache) is DynamicCache
+            )
         weakref.finalize(cache, self._give_back, weakref.ref(self), run)
         return run
 
@@ -485,8 +490,8 @@ class Captured:
     def _give_back(captured: weakref.ref[Captured], run: _Run) -> None:
         """Of a cache that has gone. Also by the garbage collector, so no more than this."""
         self = captured()
-        if self is not None and run.steps is not None:
-            self._kept.append(run)
+        if self is not None and run.is_plain and run.steps is not None:
+            self._kept.append(run.steps)
 
     def _kept_for(self, cache: Any, kwargs: dict[str, Any]) -> tuple[Any, _Steps | None]:
         """The layout for a cache, and, if it is empty, the steps of one that has gone."""
@@ -498,14 +503,13 @@ class Captured:
             # Sequences that begin at different rows are lanes of their own.
             layout = "lane" if bool((mask[:, 0] == 0).any()) and len(mask) > 1 else None
         is_new = type(cache) is DynamicCache and not any(x.is_initialized for x in cache.layers)
-        for run in list(self._kept) if is_new else ():
-            steps = run.steps
-            if steps is None or steps.batch != len(ids) or len(steps.pairs) != len(cache.layers):
+        for steps in list(self._kept) if is_new else ():
+            if steps.batch != len(ids) or len(steps.pairs) != len(cache.layers):
                 continue
             if ids.device.type == "cuda" and steps.layout != (layout or "seq"):
                 continue
             with contextlib.suppress(ValueError):
-                self._kept.remove(run)
+                self._kept.remove(steps)
             if self._emptied(steps):
                 return layout, steps
         return layout, None
@@ -529,7 +533,7 @@ class Captured:
         ids = kwargs.get("input_ids")
         if ids is None or ids.dim() != 2 or ids.shape[1] != 1:
             raise _Unfit
-        length = run.length()
+        length = run.layers[0].n_tokens()
         if length == 0:
             raise _Unfit
         if self._impossible is not None:
@@ -537,6 +541,8 @@ class Captured:
         self._check(kwargs)
         mask = kwargs.get("attention_mask")
         steps = self._steps_of(run, ids.shape[0], mask, length)
+        if length == steps.capacity:
+            raise _Unfit  # the next update moves the layers to twice as much
         try:
             graph = steps.graph_for(length + 1)
         except CannotCapture as error:
@@ -600,10 +606,9 @@ class Captured:
         if pairs[0].key_tensor.layout == "seq" and len(set(pads)) > 1:
             pairs = [layer.relayout("lane") for layer in run.layers]
         if steps is None or not steps.is_over(pairs):
-            windows = [layer.window for layer in run.layers]
-            if any(pair.reserved[0].shape[0] != batch for pair in pairs):
-                raise _Unfit("the cache has another batch size than the step")
-            steps = run.steps = _Steps(self, pairs, windows)
+            steps = run.steps = _Steps(self, pairs, [layer.window for layer in run.layers])
+        if steps.batch != batch:
+            raise _Unfit("the cache has another batch size than the step")
         dropped = {x.window: x.dropped for x in run.layers if x.window is not None}
         steps.set_first(pads, dropped)
         return steps

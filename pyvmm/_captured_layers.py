@@ -104,6 +104,13 @@ class CapturedLayer(_Followed, VMMLayer):  # type: ignore[misc]  # fields become
         self._publish(moved)
         return moved
 
+    def n_tokens(self) -> int:
+        """get_seq_length(), without a look at the views."""
+        pair = self._pair
+        if pair is None or self._keys is not pair.keys:
+            return self.get_seq_length()
+        return pair.key_tensor.length
+
     def step_done(self) -> None:
         """Nothing: the length is the tensors'."""
 
@@ -198,6 +205,10 @@ class CapturedSliding(_Followed, DynamicSlidingWindowLayer):  # type: ignore[mis
             self.keys, self.values = keys, values
             self._pair = self.kept = None
         return self.pair_of_step(layout)
+
+    def n_tokens(self) -> int:
+        n: int = self.cumulative_length
+        return n
 
     def step_done(self) -> None:
         self.cumulative_length += 1

@@ -51,13 +51,14 @@ class CudaGraph:
         stream.synchronize()
         with (
             _CAPTURE,
+            torch.cuda.device(self._device),
             torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
         ):
             run()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
 
     def replay(self) -> None:
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
 
     def follow(self, tensors: Iterable[VTensor], n_rows: Iterable[int]) -> None:
         """The host's lengths, after a replay that appended so many rows to each."""
@@ -111,11 +112,11 @@ class Recorded:
 
     def _record(self, run: Callable[[], None]) -> None:
         for tensor in self.tensors:
-            tensor.cursor  # noqa: B018  made here: a capture allocates nothing
+            getattr(tensor, "cursor", None)  # made here: a capture allocates nothing
         self._map_ahead()
 
         def warm_up() -> None:
-            lengths = [tensor.lengths for tensor in self.tensors]
+            lengths = [getattr(tensor, "lengths", (tensor.length,)) for tensor in self.tensors]
             try:
                 run()
                 self.n_rows = [
@@ -186,8 +187,9 @@ class CapturedStep:
         fn: Callable[..., Any],
         tensors: tuple[VTensor, ...],
         device: torch.device,
-        make_graph: type[Graph],
+        make_graph: type[Graph] | None,
     ) -> None:
+        """Without `make_graph`, fn is called as it is."""
         self._fn = fn
         self._tensors = tensors
         self._device = device
@@ -199,6 +201,8 @@ class CapturedStep:
         return len(self._recorded)
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
+        if self._make_graph is None:
+            return self._fn(*inputs)
         key = tuple((x.shape, x.dtype, x.device) for x in inputs)
         if key not in self._recorded:
             self._recorded[key] = self._record(inputs)
@@ -209,6 +213,7 @@ class CapturedStep:
         return outputs[0]
 
     def _record(self, inputs: tuple[torch.Tensor, ...]) -> Any:
+        assert self._make_graph is not None
         outputs: list[Any] = [None]
         with torch.inference_mode(False), torch.no_grad():
             held = tuple(x.detach().clone() for x in inputs)

@@ -121,6 +121,12 @@ class KVPair:
             )
         self._publish(length)
 
+    def append_recorded(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """append() for a graph that is being captured: where the tensors' cursors stand when it
+        is replayed. Nothing is published; see follow()."""
+        tensors = self.key_tensor, self.value_tensor
+        pyvmm.append_many(tensors, (key_states, value_states), self._stream())
+
     def truncate(self, length: int) -> None:
         """Drop the tokens from `length` on; the memory stays. Raises BufferError while an
         export of one of the two tensors pins them: then that one is as before."""
