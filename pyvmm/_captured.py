@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_modules
+from torch.utils.dlpack import from_dlpack
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -167,10 +168,7 @@ class _Group:
 
     def __init__(self, window: int | None, pair: KVPair, uniform: bool) -> None:
         self.window = window
-        if hasattr(pair.key_tensor, "cursor"):
-            self.cursor = torch.from_dlpack(pair.key_tensor.cursor)
-        else:
-            self.cursor = lambda: torch.tensor(getattr(pair.key_tensor, "lengths", (pair.key_tensor.length,)), dtype=torch.int32)
+        self.cursor = from_dlpack(pair.key_tensor.cursor)
         keys = pair.reserved[0]
         # Where sequences begin, in rows of the pair.
         n = 1 if uniform else keys.shape[0]
@@ -284,8 +282,7 @@ class _Steps:
     def _plan(self, group: _Group) -> None:
         backend, n_chunks = self._chosen(group.window)
         longest = self.bucket if group.window is None else min(self.bucket, group.window)
-        cursor = group.cursor() if callable(group.cursor) else group.cursor
-        cursor = cursor[: len(group.first)]
+        cursor = group.cursor[: len(group.first)]
         starts, lengths = _attention.plan(cursor, group.first, group.window, n_chunks)
         keys = self.pairs[self.windows.index(group.window)].reserved[0]
         group.reads = _attention.Reads(

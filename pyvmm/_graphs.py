@@ -112,11 +112,11 @@ class Recorded:
 
     def _record(self, run: Callable[[], None]) -> None:
         for tensor in self.tensors:
-            getattr(tensor, "cursor", None)  # made here: a capture allocates nothing
+            tensor.cursor  # noqa: B018  made here: a capture allocates nothing
         self._map_ahead()
 
         def warm_up() -> None:
-            lengths = [getattr(tensor, "lengths", (tensor.length,)) for tensor in self.tensors]
+            lengths = [_lengths(tensor) for tensor in self.tensors]
             try:
                 run()
                 self.n_rows = [
@@ -165,6 +165,10 @@ class Recorded:
             return None
         stream: int = torch.cuda.current_stream(self._device).cuda_stream
         return stream
+
+
+def _lengths(tensor: VTensor) -> tuple[int, ...]:
+    return getattr(tensor, "lengths", (tensor.length,))
 
 
 def _truncate(tensor: VTensor, lengths: tuple[int, ...], stream: int | None) -> None:

@@ -20,6 +20,7 @@ import pyvmm.torch  # noqa: E402
 import pyvmm.transformers as adapter  # noqa: E402
 import transformers_models as models  # noqa: E402
 from pyvmm import _attention, _captured, _graphs  # noqa: E402
+from pyvmm._torch_kv import KVPair  # noqa: E402
 from pyvmm.transformers import VMMCache  # noqa: E402
 from transformers_models import generate, prompt  # noqa: E402
 
@@ -625,6 +626,75 @@ def test_chunks_against_sdpa(window, n_chunks):
         k, v = (x[b, :, begin:21].repeat_interleave(2, 0) for x in (keys, values))
         expected = torch.nn.functional.scaled_dot_product_attention(query[b], k, v, scale=0.25)
         torch.testing.assert_close(out[b], expected[:, 0])
+
+
+@pytest.fixture
+def cuda():
+    models.skip_place("cuda")
+    return torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("layout", ["seq", "lane"])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("n_chunks", [1, 8])
+def test_flash_attention_against_plain(cuda, dim, layout, kv_heads, window, n_chunks):
+    """torch's operator over reservations that are mapped for a part, at every kind of length."""
+    torch.manual_seed(0)
+    batch, heads, most = 3, 8, 2048
+    pair = KVPair.reserve(
+        *[torch.empty(batch, kv_heads, 0, dim, dtype=torch.bfloat16, device=cuda)] * 2,
+        65536,
+        layout,
+        None,
+    )
+    for length in (1, 7, 63, 64, 65, 255, 1023, 1500):
+        new = torch.randn(
+            2, batch, kv_heads, length - pair.length, dim, dtype=torch.bfloat16, device=cuda
+        )
+        pair.append(*new)
+        query = torch.randn(batch, heads, 1, dim, dtype=torch.bfloat16, device=cuda)
+        pads = [0] if layout == "seq" else [0, min(5, length - 1), length - 1]
+        first = torch.tensor(pads, dtype=torch.int32, device=cuda)
+        cursor = torch.full_like(first, length - 1)
+        plan = _attention.plan(cursor, first, window, n_chunks)
+        whole = pair.reserved
+        reads = _attention.Reads(*plan, -(-most // n_chunks), whole[0], layout)
+        results = [
+            _attention.merge(
+                *backend.attend(query, *whole, reads, backend.prepare(reads), dim**-0.5)
+            ).float()
+            for backend in (_attention.Varlen, _attention.Plain)
+        ]
+        torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("kind", [*MODELS, "llama-mha"])
+def test_logits_in_bfloat16(cuda, kind, masked):
+    """What users run: flash attention under capture, against DynamicCache within what bfloat16
+    gives, through growths of every tensor."""
+    config = models.config_of(kind.removesuffix("-mha"))
+    config.hidden_size, config.head_dim = 256, 64
+    config.max_position_embeddings = 4096
+    config.initializer_range = 0.1
+    if kind == "llama-mha":
+        config.num_key_value_heads = config.num_attention_heads
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to(cuda).eval()
+    ids = prompt(cuda, batch=48, length=700)
+    mask = padded(ids) if masked else None
+    theirs, _ = forced_logits(model, ids, mask, 40)
+    with captured(model) as block:
+        ours, cache = forced_logits(model, ids, mask, 40)
+    assert block.n_replays == 660
+    assert not block.reasons
+    full = [layer for layer in cache.layers if layer.window is None]
+    assert all(layer.key_tensor.stats()["block_count"] > 1 for layer in full)
+    size = theirs.abs().max().item()
+    assert (ours - theirs).abs().max().item() < 3e-2 * size
 
 
 def test_an_empty_chunk_says_inf_in_flash_attention():
