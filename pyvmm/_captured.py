@@ -346,8 +346,8 @@ class Captured:
     ) -> None:
         self.model = model
         self.compile = compile
-        # Counted: steps replayed, graphs recorded.
-        self.n_replays = self.n_captures = 0
+        # Counted: steps replayed, graphs recorded, steps before which the tensors grew.
+        self.n_replays = self.n_captures = self.n_growths = 0
         self.reasons: set[str] = set()
         self._lock = threading.Lock()
         self._runs: weakref.WeakKeyDictionary[Any, _Run] = weakref.WeakKeyDictionary()
@@ -551,7 +551,9 @@ class Captured:
             steps.positions.fill_(length)
         else:
             steps.positions.copy_(positions)
+        n_growths = graph.n_growths
         graph.replay()
+        self.n_growths += graph.n_growths - n_growths
         for layer in run.layers:
             layer.step_done()
         run.known = length + 1, mask is not None

@@ -106,6 +106,8 @@ class Recorded:
         # Rows from which on nothing is known to be finite, for each tensor.
         self._clean = [0] * len(self.tensors)
         self.n_rows = [1] * len(self.tensors)
+        # Replays before which at least one tensor was given memory.
+        self.n_growths = 0
         self._device = device
         self._graph = make_graph(device)
         self._record(run)
@@ -145,6 +147,7 @@ class Recorded:
         self._lengths = [tensor.length for tensor in self.tensors]
 
     def _map_ahead(self) -> None:
+        has_grown = False
         for i, tensor in enumerate(self.tensors):
             length, mapped = tensor.length, tensor.mapped
             if length != self._lengths[i] or mapped < self._clean[i]:
@@ -155,10 +158,12 @@ class Recorded:
             n_rows = min((n_rows + TILE - 1) // TILE * TILE + TILE, tensor.capacity)
             if self._clean[i] < n_rows:
                 tensor.map(n_rows)
+                has_grown |= tensor.mapped > mapped
                 mapped = tensor.mapped
                 fresh = mapped - self._clean[i]
                 self._whole[i].narrow(tensor.axis, self._clean[i], fresh).zero_()
                 self._clean[i] = mapped
+        self.n_growths += has_grown
 
     def _stream(self) -> int | None:
         if self._device.type == "cpu":
