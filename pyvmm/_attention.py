@@ -347,11 +347,11 @@ def choose(case: Case) -> type[Backend]:
 
 
 def chunks_for(backend: type[Backend], case: Case, n_processors: int) -> int:
-    """How many chunks fill the GPU, a power of two: two blocks for each multiprocessor."""
+    """How many chunks fill the GPU, a power of two: three blocks for two multiprocessors."""
     if backend.cuts_keys(case):
         return 1
     n_chunks = 1
-    while n_chunks < 32 and case.batch * case.heads * n_chunks < 2 * n_processors:
+    while n_chunks < 32 and 2 * case.batch * case.heads * n_chunks < 3 * n_processors:
         n_chunks *= 2
     return n_chunks
 

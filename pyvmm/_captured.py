@@ -36,6 +36,7 @@ from transformers.modeling_utils import AttentionInterface
 from pyvmm import _attention
 from pyvmm._captured_layers import CapturedLayer, CapturedSliding
 from pyvmm._graphs import CannotCapture, CudaGraph, Graph, Recorded
+from pyvmm._pool import Pool
 from pyvmm._torch_kv import KVPair
 from pyvmm.transformers import _DEFAULT_CAPACITY, VMMCache, VMMLayer, _InstalledLayer
 
@@ -207,6 +208,7 @@ class _Steps:
                 for window in dict.fromkeys(windows)
             }
         self._backend: dict[bool, tuple[type[_attention.Backend], int]] = {}
+        _give_up_when_short(self.tensors[0].pool)
 
     def is_over(self, pairs: list[KVPair]) -> bool:
         return self.pairs == pairs
@@ -353,6 +355,7 @@ class Captured:
         self._runs: weakref.WeakKeyDictionary[Any, _Run] = weakref.WeakKeyDictionary()
         # Steps whose cache has gone. Filled by finalizers, on any thread.
         self._kept: deque[_Steps] = deque(maxlen=_MOST_KEPT)
+        _all.add(self)
         self._impossible: str | None = None
         self.graphs: type[Graph] = CudaGraph if graphs is None else graphs
         if graphs is None and model.device.type != "cuda":
@@ -398,10 +401,19 @@ class Captured:
             self.model.forward = self._eager
         else:
             del self.model.forward
-        self._kept.clear()
+        self.give_up()
         for run in list(self._runs.values()):
             run.steps = None
         self._step = None
+
+    def give_up(self) -> int:
+        """Let go of what waits for the next cache; how many sets of tensors that was."""
+        n_kept = 0
+        with contextlib.suppress(IndexError):
+            while True:
+                self._kept.popleft().graphs.clear()
+                n_kept += 1
+        return n_kept
 
     @property
     def step(self) -> Callable[..., Any]:
@@ -632,6 +644,26 @@ def _is_transformers_own(hook: Any) -> bool:
     """Hooks that it leaves on modules once outputs were asked for; idle otherwise."""
     module: str = getattr(hook, "__module__", "")
     return module == "transformers.utils.output_capturing"
+
+
+# ---- memory -----------------------------------------------------------------------
+
+_all: weakref.WeakSet[Captured] = weakref.WeakSet()
+_asked: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def _give_up_when_short(pool: Pool) -> None:
+    """Before this pool runs out, let go of what waits for the next cache."""
+    if pool not in _asked:
+        _asked.add(pool)
+        pool.on_oom(_give_up)
+
+
+def _give_up(needed_bytes: int) -> bool:
+    n_kept = 0
+    for captured in list(_all):
+        n_kept += captured.give_up()
+    return n_kept > 0
 
 
 # ---- blocks -----------------------------------------------------------------------

@@ -387,6 +387,23 @@ def test_positions_are_the_lengths_where_none_are_given(llama):
     torch.testing.assert_close(out.logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_memory_that_waits_is_given_up(llama):
+    """What is kept for the next answer is the first to go when memory is short."""
+    device = "host" if llama.device.type == "cpu" else "cuda:0"
+    pool = pyvmm.Pool(device, block_size="2MiB", max_bytes="200MiB")
+    adapter.install(pool=pool, layout="seq")
+    try:
+        with captured(llama):
+            expected = generate(llama, prompt(llama.device))
+            assert pool.stats()["in_use_bytes"] > 0
+            rest = pyvmm.empty((0, 1 << 20), "uint8", capacity=200, device=device, pool=pool)
+            rest.map(198)
+            rest.close()
+            assert torch.equal(generate(llama, prompt(llama.device)), expected)
+    finally:
+        adapter.uninstall()
+
+
 # ---- what runs eagerly ------------------------------------------------------------
 
 
@@ -738,7 +755,7 @@ def test_backends_in_order(monkeypatch):
 
 
 def test_chunks_fill_the_gpu():
-    for batch, heads, kv_heads, expected in [(1, 32, 32, 16), (8, 32, 32, 2), (1, 32, 8, 1)]:
+    for batch, heads, kv_heads, expected in [(1, 32, 32, 8), (2, 32, 32, 4), (8, 32, 32, 1), (1, 32, 8, 1)]:
         of = case(batch=batch, heads=heads, kv_heads=kv_heads)
         assert _attention.chunks_for(_attention.Varlen, of, 132) == expected
     assert _attention.chunks_for(_attention.FlashAttn, case(kv_heads=32), 132) == 1
