@@ -75,41 +75,56 @@ def append_many(tensors, sources, stream=None):
     Raises what VTensor.append() does; then no tensor has changed."""
     if not isinstance(tensors, (list, tuple)) or not isinstance(sources, (list, tuple)):
         raise TypeError("append_many takes a list of tensors and a list of sources")
-    # Lists of our own: the caller's may change while other threads run.
-    tensors, sources = list(tensors), list(sources)
-    if len(tensors) != len(sources):
-        raise ValueError(f"{len(tensors)} tensors and {len(sources)} sources")
-    if not tensors:
+    # Tuples of our own: the caller's lists may change while other threads run.
+    cdef tuple targets = tuple(tensors), given = tuple(sources)
+    cdef Py_ssize_t i, n = len(targets)
+    if n != len(given):
+        raise ValueError(f"{n} tensors and {len(given)} sources")
+    if n == 0:
         return
+    _check_tensors(targets)
+    # Two are the keys and values of a layer, at each step: for these there is room here.
+    cdef _Append two_appends[2]
+    cdef vmm_array two_arrays[2]
+    cdef vmm_tensor *two_handles[2]
+    cdef _Append *appends = two_appends
+    cdef vmm_array *arrays = two_arrays
+    cdef vmm_tensor **handles = two_handles
+    try:
+        if n > 2:
+            appends = <_Append *>PyMem_Malloc(n * sizeof(_Append))
+            arrays = <vmm_array *>PyMem_Malloc(n * sizeof(vmm_array))
+            handles = <vmm_tensor **>PyMem_Malloc(n * sizeof(vmm_tensor *))
+            if appends == NULL or arrays == NULL or handles == NULL:
+                raise MemoryError
+        for i in range(n):
+            appends[i].tensor = <PyObject *>targets[i]
+            appends[i].x = <PyObject *>given[i]
+            appends[i].seen = NULL
+        _append_all(n, appends, arrays, handles, stream, -1)
+    finally:
+        if n > 2:
+            PyMem_Free(appends)
+            PyMem_Free(arrays)
+            PyMem_Free(handles)
+
+
+cdef int _check_tensors(tuple tensors) except -1:
+    """Are these VTensors of one device, each named once?"""
     cdef Py_ssize_t i, n = len(tensors)
     for tensor in tensors:
         if not isinstance(tensor, TensorCore):
             raise TypeError(f"append_many takes VTensors, not {type(tensor).__name__}")
-        if (
-            (<TensorCore>tensor).pool_ is not (<TensorCore>tensors[0]).pool_
-            and tensor.device != tensors[0].device
-        ):
+    cdef TensorCore first = <TensorCore>tensors[0]
+    for i in range(1, n):
+        tensor = tensors[i]
+        if (<TensorCore>tensor).pool_ is not first.pool_ and tensor.device != first.device:
             raise ValueError(
-                f"tensors of one device are needed, not of {tensors[0].device} and {tensor.device}"
+                f"tensors of one device are needed, not of {first.device} and {tensor.device}"
             )
-    # Two are the keys and values of a layer, at each step.
     if tensors[0] is tensors[1] if n == 2 else len({id(tensor) for tensor in tensors}) != n:
         raise ValueError("a tensor is named twice")
-    cdef _Append *appends = <_Append *>PyMem_Malloc(n * sizeof(_Append))
-    cdef vmm_array *arrays = <vmm_array *>PyMem_Malloc(n * sizeof(vmm_array))
-    cdef vmm_tensor **handles = <vmm_tensor **>PyMem_Malloc(n * sizeof(vmm_tensor *))
-    try:
-        if appends == NULL or arrays == NULL or handles == NULL:
-            raise MemoryError
-        for i in range(n):
-            appends[i].tensor = <PyObject *>tensors[i]
-            appends[i].x = <PyObject *>sources[i]
-            appends[i].seen = NULL
-        _append_all(n, appends, arrays, handles, stream, -1)
-    finally:
-        PyMem_Free(appends)
-        PyMem_Free(arrays)
-        PyMem_Free(handles)
+    return 0
 
 
 cdef int _append_all(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tensor **handles,

@@ -296,7 +296,10 @@ cdef int _read_by_table(object x, _Table table, const Target *target, Source *ou
 
 cdef bint _is_lazy(object x, const DLTensor *tensor) except -1:
     """Does torch change the elements of x on the way out? It conjugates complex numbers, and
-    negates what is a view of imaginary parts of such."""
+    negates what is a view of imaginary parts of such. bfloat16 and the float8 types are parts
+    of no complex number, and not asked: the question costs a third of the append."""
+    if tensor.dtype.code == 4 or tensor.dtype.code > 6:
+        return False
     return (tensor.dtype.code == 5 and x.is_conj()) or x.is_neg()
 
 

@@ -365,7 +365,7 @@ VMM_API const int64_t *vmm_row_shape(const vmm_tensor *tensor); /* 1 at the axis
 VMM_API size_t vmm_row_bytes(const vmm_tensor *tensor);         /* over all lanes */
 VMM_API size_t vmm_lane_count(const vmm_tensor *tensor);
 VMM_API size_t vmm_lane_bytes(const vmm_tensor *tensor); /* address space of one lane */
-VMM_API size_t vmm_length(const vmm_tensor *tensor);
+VMM_API size_t vmm_length(const vmm_tensor *tensor);     /* the largest of vmm_lengths() */
 VMM_API size_t vmm_mapped(const vmm_tensor *tensor);
 
 /* What it was made of: the device and the pool, as long as the tensor lives, and the spec,
@@ -381,9 +381,25 @@ VMM_API void **vmm_user(vmm_tensor *tensor);
 /* ---- 6. Growing, appending, shrinking ---------------------------------------
  *
  * One writer at a time for each tensor (see 10.).
+ *
+ * Lanes may have lengths of their own: the sequences of a batch. Calls name a lane by its
+ * index in dimension 0, in layout LANE, and in C where the axis is not 0 (with an axis of 2 or
+ * more all lanes of one index grow together); every other tensor has one, index 0. While
+ * lengths differ the tensor is ragged: vmm_length() is the largest of them, and every lane is
+ * mapped as far as the longest needs, since whoever reads [0, length) reads all of it. Rows of
+ * a lane past its own length can be read and hold undefined bytes, with spec.zero too (that
+ * is about the rows that vmm_grow() takes). They become defined when they are appended, also
+ * under a pin that covers them. vmm_append() to a ragged tensor puts rows behind each lane's
+ * own length, vmm_grow() refuses it, and everything else goes by vmm_length(). As long as
+ * lengths are the same none of this costs anything.
  */
+
 /* How many lengths a tensor has: the size of dimension 0, or 1. Never changes. */
 VMM_API size_t vmm_length_count(const vmm_tensor *tensor);
+
+/* The length of each lane, vmm_length_count() of them, until the next call on the tensor. For
+ * the writer's thread. */
+VMM_API const size_t *vmm_lengths(vmm_tensor *tensor);
 
 /* vmm_map() - back the first `n_rows` rows with memory, as far as they are not yet.
  * The length does not change. Rows mapped by request stay until vmm_trim().
@@ -400,7 +416,9 @@ VMM_API vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows);
  * their address and contents; the new ones hold undefined bytes, or zero for a tensor
  * with spec.zero (zeroed on the stream of the last append, so hand off before use: see 7.).
  *   n_rows   0 .. capacity - length
- * Returns, and costs, what vmm_map() does; with spec.zero one driver call more. */
+ * Returns, and costs, what vmm_map() does; with spec.zero one driver call more for each lane.
+ * VMM_ERR_INVALID when the tensor is ragged: append to its lanes, or truncate them to one
+ * length. */
 VMM_API vmm_status vmm_grow(vmm_tensor *tensor, size_t n_rows, void **out);
 
 /* Where an array lies. */
@@ -440,14 +458,30 @@ typedef struct vmm_array {
 VMM_API vmm_status vmm_append(vmm_tensor *tensor, const vmm_array *source, vmm_stream stream);
 
 /* vmm_append_many() - append to several tensors of one device at once: all or none.
- * With device sources it is one kernel launch for up to VMM_APPEND_MAX_FUSED tensors.
- * No tensor may be named twice (VMM_ERR_INVALID). Otherwise as vmm_append(). */
-#define VMM_APPEND_MAX_FUSED 32
+ * With device sources it is one kernel launch for up to VMM_APPEND_MAX_FUSED tensors, if for
+ * each the copy is of dense runs, as many and as far apart as for the others (layers of one
+ * model); up to 32 with anything else. No tensor may be named twice (VMM_ERR_INVALID).
+ * Otherwise as vmm_append(). */
+#define VMM_APPEND_MAX_FUSED 160
 VMM_API vmm_status vmm_append_many(size_t n_tensors, vmm_tensor *const *tensors,
                                    const vmm_array *sources, vmm_stream stream);
 
-/* vmm_truncate() - the length becomes `n_rows`; what lay beyond is given up.
- * Memory stays mapped: vmm_trim() returns it.
+/* vmm_append_lanes() - append to some lanes, to each behind its own length: all or none.
+ *   sources   as for vmm_append_many(), but that dimension 0 has the size `n_lanes`: index i of
+ *             it goes to lane lanes[i]. (A tensor with one length takes a whole source.)
+ *   lanes     the same for all tensors, each 0 .. vmm_length_count() - 1, once, in any order;
+ *             NULL for all, and then n_lanes is vmm_length_count()
+ *   counts    the first counts[i] rows of index i are taken; NULL for all rows
+ * Where every lane gets one dense piece, it is one kernel launch for up to VMM_APPEND_MAX_FUSED
+ * pieces: 64 sequences of any lengths, keys and values. On the host and from host memory one
+ * copy for each lane. Returns what vmm_append_many() does; VMM_ERR_INVALID for bad lanes and
+ * counts, VMM_ERR_CAPACITY where one lane is full. */
+VMM_API vmm_status vmm_append_lanes(size_t n_tensors, vmm_tensor *const *tensors,
+                                    const vmm_array *sources, size_t n_lanes, const size_t *lanes,
+                                    const size_t *counts, vmm_stream stream);
+
+/* vmm_truncate() - the length becomes `n_rows`, of a ragged tensor that of each lane that is
+ * longer; what lay beyond is given up. Memory stays mapped: vmm_trim() returns it.
  *   n_rows   0 .. length
  *   stream   the next append waits for what has been submitted to this stream by then (a
  *            kernel that still reads the rows given up), so it must be valid until then;
@@ -457,6 +491,11 @@ VMM_API vmm_status vmm_append_many(size_t n_tensors, vmm_tensor *const *tensors,
  * No driver call that waits, maps or frees. */
 VMM_API vmm_status vmm_truncate(vmm_tensor *tensor, size_t n_rows, vmm_stream stream);
 
+/* vmm_truncate_lanes() - the length of lane lanes[i] becomes n_rows[i], 0 .. its length.
+ * `lanes` as for vmm_append_lanes(), the rest as for vmm_truncate(). */
+VMM_API vmm_status vmm_truncate_lanes(vmm_tensor *tensor, size_t n_lanes, const size_t *lanes,
+                                      const size_t *n_rows, vmm_stream stream);
+
 /* vmm_trim() - give back every block that holds no row in use.
  * Always allowed, also under pins. On a GPU the blocks are queued in the pool, and taken
  * back if the tensor grows before the pool needs them.
@@ -465,7 +504,7 @@ VMM_API vmm_status vmm_trim(vmm_tensor *tensor);
 
 /* vmm_fork() - a new tensor with the same spec and pool that holds the first `n_rows` rows.
  * The rows are copied, on the stream of the last append (the legacy default stream, if there
- * was none). Both grow on their own.
+ * was none). Both grow on their own. Lanes that are shorter stay so.
  *   n_rows   0 .. length
  * Returns VMM_ERR_INVALID and what vmm_reserve() and vmm_append() return. */
 VMM_API vmm_status vmm_fork(vmm_tensor *tensor, size_t n_rows, vmm_tensor **out);
@@ -579,7 +618,7 @@ VMM_API const char *vmm_call_name(vmm_call call);
 typedef struct vmm_tensor_stats {
     size_t reserved_bytes; /* address space */
     size_t mapped_bytes;   /* memory in this tensor's blocks */
-    size_t used_bytes;     /* length * row_bytes */
+    size_t used_bytes;     /* length * row_bytes; of a ragged tensor, each lane's own */
     size_t slack_bytes;    /* mapped_bytes - used_bytes */
     size_t block_count;
     uint64_t driver_calls[VMM_CALL_COUNT]; /* made by calls on this tensor */

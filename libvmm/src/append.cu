@@ -1,4 +1,4 @@
-/* append.cu - the append kernel: up to 32 copy jobs (append.h) in one launch.
+/* append.cu - the append kernel: up to 32 copy jobs (append.h), or 160 pieces, in one launch.
  *
  * An append is a few KiB to a few MiB, so what counts is how soon the first byte leaves:
  * blockIdx.y picks the job, one thread moves one unit while the device has threads for
@@ -144,6 +144,32 @@ template <int DIMS, int N, typename Job> __device__ __forceinline__ void copy(co
         copy_runs<uint64_t, DIMS, 1>(job);
 }
 
+/* One run of a piece. Its offset is added to that within the run, so that the bases stay
+ * parameters. */
+template <int N>
+__device__ __forceinline__ void copy_piece(const vmm_append_args_pieces &args,
+                                           const vmm_append_piece &piece) {
+    const int64_t dst_run = (int64_t)blockIdx.z * args.dst_stride;
+    const int64_t src_run = (int64_t)blockIdx.z * args.src_stride;
+    const int64_t n_bytes = (int64_t)piece.n_units * piece.unit_bytes;
+    const int64_t step = (int64_t)thread_count() * piece.unit_bytes;
+    int64_t offset = (int64_t)thread_index() * piece.unit_bytes;
+#pragma unroll 1
+    while (offset < n_bytes) {
+        int64_t dst_offset[N], src_offset[N];
+        int n = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            dst_offset[i] = dst_run + offset;
+            src_offset[i] = src_run + offset;
+            if (offset < n_bytes)
+                n = i + 1;
+            offset += step;
+        }
+        move<N>(piece, dst_offset, src_offset, n);
+    }
+}
+
 } // namespace
 
 extern "C" __global__ void __launch_bounds__(VMM_APPEND_BLOCK_THREADS)
@@ -154,6 +180,15 @@ extern "C" __global__ void __launch_bounds__(VMM_APPEND_BLOCK_THREADS)
 extern "C" __global__ void __launch_bounds__(VMM_APPEND_BLOCK_THREADS)
     vmm_append_kernel_wide(const vmm_append_args_wide args) {
     copy<VMM_APPEND_DIMS_WIDE, 1>(args.job[blockIdx.y]);
+}
+
+extern "C" __global__ void __launch_bounds__(VMM_APPEND_BLOCK_THREADS)
+    vmm_append_kernel_pieces(const vmm_append_args_pieces args) {
+    const vmm_append_piece &piece = args.piece[blockIdx.y];
+    if (__builtin_expect(piece.n_units <= thread_count(), 1))
+        copy_piece<1>(args, piece);
+    else
+        copy_piece<2>(args, piece);
 }
 
 #include "cursor.cuh"

@@ -13,10 +13,12 @@
 
 #include <stdint.h>
 
-/* The names in the kernel image. Each takes one parameter by value: a vmm_append_args or
- * a vmm_append_args_wide. gridDim.y is the number of jobs, blockIdx.y the job's index. */
+/* The names in the kernel image. Each takes one parameter by value: a vmm_append_args, a
+ * vmm_append_args_wide or a vmm_append_args_pieces. gridDim.y is the number of jobs or pieces,
+ * blockIdx.y the index of one; for pieces gridDim.z is the number of runs. */
 #define VMM_APPEND_KERNEL "vmm_append_kernel"
 #define VMM_APPEND_KERNEL_WIDE "vmm_append_kernel_wide"
+#define VMM_APPEND_KERNEL_PIECES "vmm_append_kernel_pieces"
 #define VMM_APPEND_BLOCK_THREADS 128
 
 /* Three outer dimensions hold every layout of a 4-D cache, so many jobs fit into the 4 KiB
@@ -52,5 +54,24 @@ typedef struct vmm_append_args {
 typedef struct vmm_append_args_wide {
     vmm_append_job_wide job[VMM_APPEND_JOBS_WIDE];
 } vmm_append_args_wide;
+
+/* Pieces are jobs of one form, so that many more fit: `n_runs` dense runs each, at the same
+ * distances for all of them. Run r of a piece begins at dst + r*dst_stride and src +
+ * r*src_stride, and is n_units * unit_bytes bytes long. Keys and values of 80 layers. */
+#define VMM_APPEND_PIECES 160
+
+typedef struct vmm_append_piece {
+    uint64_t dst;
+    uint64_t src;
+    uint32_t n_units; /* of one run */
+    uint32_t unit_bytes;
+} vmm_append_piece;
+
+typedef struct vmm_append_args_pieces {
+    uint64_t n_runs;
+    int64_t dst_stride;
+    int64_t src_stride;
+    vmm_append_piece piece[VMM_APPEND_PIECES];
+} vmm_append_args_pieces;
 
 #endif /* VMM_APPEND_H */

@@ -25,10 +25,10 @@ struct vmm_block_index {
     __device__ static uint32_t get_y() {
         return __builtin_amdgcn_workgroup_id_y();
     }
-    __declspec(property(get = get_x)) uint32_t x;
     __device__ static uint32_t get_z() {
         return __builtin_amdgcn_workgroup_id_z();
     }
+    __declspec(property(get = get_x)) uint32_t x;
     __declspec(property(get = get_y)) uint32_t y;
     __declspec(property(get = get_z)) uint32_t z;
 };

@@ -53,7 +53,7 @@ static vmm_status pin_graph(vmm_tensor *tensor, vmm_stream stream, uint64_t capt
 static vmm_status make_job(vmm_tensor *tensor, const vmm_array *source, vmm_cursor_job *out) {
     const tensor_cursor *cursor = tensor->cursor;
     int64_t dense[VMM_MAX_NDIM], shape[VMM_MAX_NDIM];
-    const int64_t *strides = append_strides(tensor, source, dense);
+    const int64_t *strides = append_with_strides(tensor, source, dense).strides;
     for (int d = 0; d < tensor->spec.ndim; d++)
         shape[d] = source->shape[d];
     *out = (vmm_cursor_job){

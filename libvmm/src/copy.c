@@ -94,6 +94,18 @@ static void queue_staging(staging *staging, vmm_pool *pool) {
     pthread_mutex_unlock(&pool->lock);
 }
 
+/* Pinned memory is read after the call has returned. Also behind a failure, `status`: earlier
+ * copies may still be reading; the failure that counts is then the first. */
+static vmm_status wait_read(vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream,
+                            vmm_status status) {
+    if (status)
+        vmm_undo_begin();
+    vmm_status waited = DRIVER(pool, tensor_calls, stream_synchronize, stream);
+    if (status)
+        vmm_undo_end();
+    return waited;
+}
+
 vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tensor_calls,
                           vmm_stream stream, bool *submitted) {
     copy_plan pieces = *plan, gathered = dense_in_destination(plan);
@@ -123,17 +135,19 @@ vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tenso
         status = DRIVER(pool, tensor_calls, copy, dst, (const void *)src, pieces.run_bytes, stream);
         *submitted |= !status;
     } while (!status && next_run(&pieces, pieces.n_outer, index, &dst, &src));
-    /* Pinned memory is read after the call has returned. Also behind a failure: earlier
-     * copies may still be reading; the failure that counts is then the first. */
-    if (status)
-        vmm_undo_begin();
-    vmm_status waited = DRIVER(pool, tensor_calls, stream_synchronize, stream);
-    if (status)
-        vmm_undo_end();
+    if (!staging)
+        return status;
+    vmm_status waited = wait_read(pool, tensor_calls, stream, status);
     if (!waited)
         free(staging);
-    else if (staging)
+    else
         queue_staging(staging, pool);
+    return status ? status : waited;
+}
+
+vmm_status copy_wait_read(vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream,
+                          vmm_status status) {
+    vmm_status waited = wait_read(pool, tensor_calls, stream, status);
     return status ? status : waited;
 }
 
@@ -177,4 +191,29 @@ void copy_plan_to_job_wide(const copy_plan *plan, vmm_append_job_wide *out) {
 void copy_plan_to_cursor_job(const copy_plan *plan, vmm_cursor_job *out) {
     uint64_t steps = out->row_bytes | (uint64_t)out->dst_entry_stride | (uint64_t)out->src_entry_stride;
     FILL_JOB(plan, &out->copy, steps);
+}
+
+#define MAX_RUNS 65535 /* of a grid in its third direction */
+
+bool copy_plan_to_piece(const copy_plan *plan, vmm_append_args_pieces *args, size_t n) {
+    bool is_dense = plan->n_outer == 0;
+    uint64_t n_runs = is_dense ? 1 : plan->count[0];
+    int64_t dst_stride = is_dense ? 0 : plan->dst_stride[0];
+    int64_t src_stride = is_dense ? 0 : plan->src_stride[0];
+    uint32_t unit = unit_bytes(plan, 0);
+    if (plan->n_outer > 1 || n_runs > MAX_RUNS || plan->run_bytes / unit > UINT32_MAX)
+        return false;
+    if (n == 0) {
+        args->n_runs = n_runs;
+        args->dst_stride = dst_stride;
+        args->src_stride = src_stride;
+    } else if (args->n_runs != n_runs || args->dst_stride != dst_stride ||
+               args->src_stride != src_stride) {
+        return false;
+    }
+    args->piece[n] = (vmm_append_piece){.dst = plan->dst,
+                                        .src = plan->src,
+                                        .n_units = (uint32_t)(plan->run_bytes / unit),
+                                        .unit_bytes = unit};
+    return true;
 }

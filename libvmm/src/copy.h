@@ -27,16 +27,23 @@ void copy_plan_make(copy_plan *plan, uintptr_t dst, const int64_t *dst_strides, 
 
 void copy_plan_run(const copy_plan *plan);
 
-/* Copy from host memory by the driver, and wait until it has been read: one copy for each
- * piece that is dense on both sides, or, where these are many and small, gathered first.
- * Sets `submitted` once the device has been given any of it, also when it fails then. */
+/* Copy from host memory by the driver: one copy for each piece that is dense on both sides, or,
+ * where these are many and small, gathered first. Behind it, also when it fails, comes
+ * copy_wait_read(): the copies read the memory until then. Sets `submitted` once the device has
+ * been given any of it, also when it fails then. */
 vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tensor_calls,
                           vmm_stream stream, bool *submitted);
+/* Wait until what was sent has been read. `status`: of the sending, which is what counts. */
+vmm_status copy_wait_read(vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream,
+                          vmm_status status);
 
 bool copy_plan_is_wide(const copy_plan *plan);
 void copy_plan_to_job(const copy_plan *plan, vmm_append_job *out);
 void copy_plan_to_job_wide(const copy_plan *plan, vmm_append_job_wide *out);
 /* The job's copy; what else it has is filled in already. */
 void copy_plan_to_cursor_job(const copy_plan *plan, vmm_cursor_job *out);
+/* Make it piece n of `args`, after the first of runs like the first's: false where it is of
+ * another form. */
+bool copy_plan_to_piece(const copy_plan *plan, vmm_append_args_pieces *args, size_t n);
 
 #endif /* VMM_COPY_H */

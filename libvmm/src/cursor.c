@@ -23,9 +23,10 @@ static vmm_status write_control(vmm_tensor *tensor, tensor_cursor *cursor) {
     uint32_t shown = (uint32_t)tensor->length;
     memcpy(image + VMM_CURSOR_WORDS(n), &shown, sizeof shown);
     for (size_t i = 0; i < n; i++) {
-        int32_t length = (int32_t)tensor->length;
+        uint32_t length = (uint32_t)lanes_length(tensor, i), behind = shown - length;
         memcpy(image + i * sizeof length, &length, sizeof length);
         memcpy(image + VMM_CURSOR_STATE(n) + 8 * i, &length, sizeof length);
+        memcpy(image + VMM_CURSOR_BEHIND(n) + i * sizeof behind, &behind, sizeof behind);
     }
     vmm_status status = DRIVER(tensor->pool, tensor->driver_calls, write, cursor->control->address,
                                image, bytes);
@@ -47,10 +48,12 @@ vmm_status cursor_make(vmm_tensor *tensor) {
         return vmm_fail(VMM_ERR_UNSUPPORTED, "cursor",
                         "a cursor of %zu entries: at most %d are possible", n,
                         VMM_CURSOR_MAX_ENTRIES);
-    tensor_cursor *cursor = calloc(1, sizeof *cursor);
+    tensor_cursor *cursor = calloc(1, sizeof *cursor + 2 * n * sizeof(size_t));
     if (!cursor)
         return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "cursor", "no host memory left");
     cursor->n_entries = n;
+    cursor->next = (size_t *)(cursor + 1);
+    cursor->before = cursor->next + n;
     vmm_status status = VMM_OK;
     if (on_device(tensor)) {
         status =
@@ -64,7 +67,7 @@ vmm_status cursor_make(vmm_tensor *tensor) {
     } else {
         cursor->values = malloc(n * sizeof *cursor->values);
         for (size_t i = 0; cursor->values && i < n; i++)
-            cursor->values[i] = (int32_t)tensor->length;
+            cursor->values[i] = (int32_t)lanes_length(tensor, i);
         if (!cursor->values)
             status = vmm_fail(VMM_ERR_OUT_OF_MEMORY, "cursor", "no host memory left");
     }
@@ -109,39 +112,107 @@ static vmm_status launch_sets(vmm_tensor *tensor, vmm_cursor_set_args *args, vmm
     return status;
 }
 
-vmm_status cursor_set(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
-                      size_t n_rows, vmm_stream stream, const char *operation) {
+void cursor_extend_next(vmm_tensor *tensor, const lane_list *list, size_t n_rows) {
+    tensor_cursor *cursor = tensor->cursor;
+    for (size_t i = 0; i < cursor->n_entries; i++)
+        cursor->next[i] = lanes_length(tensor, i);
+    for (size_t i = 0, n = list ? list->n : cursor->n_entries; i < n; i++)
+        cursor->next[lane_at(list, i)] += lane_count(list, i, n_rows);
+    cursor->has_next = true;
+}
+
+/* Entries that are the same are set as one. */
+static vmm_status set_entries(vmm_tensor *tensor, vmm_cursor_set_args *args, vmm_stream stream,
+                              const char *operation) {
+    const tensor_cursor *cursor = tensor->cursor;
+    size_t n = cursor->n_entries, longest = 0;
+    vmm_status status = VMM_OK;
+    for (size_t i = 0; i < n; i++)
+        longest = cursor->next[i] > longest ? cursor->next[i] : longest;
+    for (size_t first = 0, end; first < n && !status; first = end) {
+        for (end = first + 1; end < n && cursor->next[end] == cursor->next[first];)
+            end++;
+        if (args->n_sets == VMM_CURSOR_SETS)
+            status = launch_sets(tensor, args, stream, operation);
+        args->set[args->n_sets++] = (vmm_cursor_set){
+            .control = cursor->control->address,
+            .n_entries = (uint32_t)n,
+            .first = (uint32_t)first,
+            .count = (uint32_t)(end - first),
+            .length = (uint32_t)cursor->next[first],
+            .behind = (uint32_t)(longest - cursor->next[first]),
+        };
+    }
+    return status;
+}
+
+vmm_status cursor_set(size_t n_tensors, vmm_tensor *const *tensors, vmm_stream stream,
+                      const char *operation) {
     vmm_cursor_set_args args;
     vmm_status status = VMM_OK;
     args.n_sets = 0;
     for (size_t i = 0; i < n_tensors && !status; i++) {
-        vmm_tensor *tensor = tensors[i];
-        tensor_cursor *cursor = tensor->cursor;
-        if (sources)
-            n_rows = append_rows(tensor, &sources[i]);
-        if (!cursor || (sources && n_rows == 0))
+        tensor_cursor *cursor = tensors[i]->cursor;
+        if (!cursor || !cursor->has_next)
             continue;
-        size_t length = tensor->length + n_rows;
-        if (!cursor->control) {
-            for (size_t entry = 0; entry < cursor->n_entries; entry++)
-                __atomic_store_n(&cursor->values[entry], (int32_t)length, __ATOMIC_RELAXED);
+        if (cursor->control) {
+            cursor->stale = true; /* until it is known that it is not */
+            status = set_entries(tensors[i], &args, stream, operation);
             continue;
         }
-        if (args.n_sets == VMM_CURSOR_SETS)
-            status = launch_sets(tensor, &args, stream, operation);
-        cursor->stale = true; /* until it is known that it is not */
-        args.set[args.n_sets++] = (vmm_cursor_set){
-            .control = cursor->control->address,
-            .n_entries = (uint32_t)cursor->n_entries,
-            .count = (uint32_t)cursor->n_entries,
-            .length = (uint32_t)length,
-        };
+        for (size_t entry = 0; entry < cursor->n_entries; entry++)
+            __atomic_store_n(&cursor->values[entry], (int32_t)cursor->next[entry],
+                             __ATOMIC_RELAXED);
     }
     if (!status)
         status = launch_sets(tensors[0], &args, stream, operation);
-    for (size_t i = 0; i < n_tensors && !status; i++)
-        if (tensors[i]->cursor && !(sources && append_rows(tensors[i], &sources[i]) == 0))
-            tensors[i]->cursor->stale = false;
+    for (size_t i = 0; i < n_tensors; i++) {
+        tensor_cursor *cursor = tensors[i]->cursor;
+        if (cursor && cursor->has_next) {
+            cursor->stale = cursor->stale && status;
+            cursor->has_next = false;
+        }
+    }
+    return status;
+}
+
+/* The cursor becomes what is next for it, as a write to the tensor. */
+static vmm_status write_cursor(vmm_tensor *tensor, vmm_stream stream, const char *operation) {
+    vmm_status status = cursor_set(1, &tensor, stream, operation);
+    if (!status && on_device(tensor))
+        order_after_write(tensor, stream);
+    return status;
+}
+
+vmm_status cursor_grow(vmm_tensor *tensor, size_t n_rows, vmm_stream stream) {
+    if (!tensor->cursor)
+        return VMM_OK;
+    cursor_extend_next(tensor, NULL, n_rows);
+    return write_cursor(tensor, stream, "grow");
+}
+
+vmm_status cursor_before_truncate(vmm_tensor *tensor, vmm_stream *stream) {
+    tensor_cursor *cursor = tensor->cursor;
+    if (!cursor)
+        return VMM_OK;
+    if (*stream == VMM_STREAM_NONE)
+        *stream = order_write_stream(tensor);
+    for (size_t i = 0; i < cursor->n_entries; i++)
+        cursor->before[i] = lanes_length(tensor, i);
+    vmm_status status = order_before_write(tensor, *stream);
+    return status ? status : cursor_settle(tensor, *stream);
+}
+
+vmm_status cursor_truncate(vmm_tensor *tensor, vmm_stream stream) {
+    tensor_cursor *cursor = tensor->cursor;
+    if (!cursor)
+        return VMM_OK;
+    cursor_extend_next(tensor, NULL, 0);
+    vmm_status status = write_cursor(tensor, stream, "truncate");
+    if (status) {
+        const lane_list all = {cursor->n_entries, NULL, cursor->before};
+        lanes_set(tensor, &all);
+    }
     return status;
 }
 
@@ -183,7 +254,7 @@ static vmm_status compare(vmm_tensor *tensor, const char *operation) {
     vmm_status status = DRIVER(tensor->pool, tensor->driver_calls, read, values,
                                cursor->control->address, n * sizeof *values);
     for (size_t i = 0; i < n && !status; i++) {
-        long long ahead = (long long)values[i] - (long long)tensor->length;
+        long long ahead = (long long)values[i] - (long long)lanes_length(tensor, i);
         if (ahead > 0)
             status = vmm_fail(VMM_ERR_BUSY, operation,
                               "a graph has appended %lld row(s) that the host has not followed: "
@@ -234,9 +305,8 @@ vmm_status vmm_cursor(vmm_tensor *tensor, vmm_stream stream, int32_t **out) {
         status = cursor_show_mapped(tensor, tensor->mapped);
     if (!status && tensor->cursor->stale) {
         vmm_stream last = order_write_stream(tensor);
-        status = cursor_set(1, &tensor, NULL, 0, last, "cursor");
-        if (!status)
-            order_after_write(tensor, last);
+        cursor_extend_next(tensor, NULL, 0);
+        status = write_cursor(tensor, last, "cursor");
     }
     if (!status && stream != VMM_STREAM_NONE)
         status = order_before_write(tensor, stream);
@@ -269,6 +339,9 @@ vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows) {
                         "overflow: a replay came to the end of the rows that were mapped and has "
                         "not appended: map() before the replay, and replay again");
     }
-    tensor_set_length(tensor, tensor->length + n_rows);
+    if (tensor->is_ragged)
+        lanes_extend(tensor, NULL, n_rows);
+    else
+        tensor_set_length(tensor, tensor->length + n_rows);
     return VMM_OK;
 }

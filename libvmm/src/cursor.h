@@ -14,6 +14,8 @@ typedef struct tensor_cursor {
     control_block *control; /* NULL on the host */
     int32_t *values;        /* on the tensor's device */
     size_t n_entries;
+    size_t *next, *before; /* what cursor_set() makes of it; what a truncation goes back to */
+    bool has_next; /* for cursor_set() */
     size_t shown_mapped; /* what the device has been told; never more than is mapped */
     bool stale;          /* setting it has failed */
     /* A graph has been captured that appends, so what the device has may be ahead of the host. */
@@ -34,11 +36,20 @@ vmm_status cursor_check(size_t n_tensors, vmm_tensor *const *tensors, vmm_stream
                         const char *operation);
 vmm_status cursor_settle(vmm_tensor *tensor, vmm_stream stream);
 
-/* The cursor of each tensor that has one becomes its length and the rows of its source more, or
- * `n_rows` where `sources` is NULL, behind what `stream` has been given. Not while that is
- * captured: VMM_ERR_CAPTURING. */
-vmm_status cursor_set(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
-                      size_t n_rows, vmm_stream stream, const char *operation);
+/* What the cursor is to become, from the host's lengths on: each of the list's lanes longer by
+ * its count, or by n_rows. */
+void cursor_extend_next(vmm_tensor *tensor, const lane_list *list, size_t n_rows);
+/* Have all that have such a thing become it, behind what `stream` has been given. Not while that
+ * is captured: VMM_ERR_CAPTURING. */
+vmm_status cursor_set(size_t n_tensors, vmm_tensor *const *tensors, vmm_stream stream,
+                      const char *operation);
+
+/* Before the lengths are extended by `n_rows`, and the cursor alone of all the tensor is written. */
+vmm_status cursor_grow(vmm_tensor *tensor, size_t n_rows, vmm_stream stream);
+/* Around a truncation: the first may choose the stream, the second follows the host's lengths, or
+ * puts them back. */
+vmm_status cursor_before_truncate(vmm_tensor *tensor, vmm_stream *stream);
+vmm_status cursor_truncate(vmm_tensor *tensor, vmm_stream stream);
 
 /* Tell the device how many rows may be written: before any of them is given up, and after they
  * have been mapped for good. */

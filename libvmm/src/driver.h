@@ -56,12 +56,15 @@ typedef struct driver_ops {
     vmm_status (*fill)(void *state, uintptr_t dst, size_t bytes, vmm_stream stream);
     vmm_status (*copy)(void *state, uintptr_t dst, const void *src, size_t bytes,
                        vmm_stream stream);
-    /* Run the append kernel over jobs, at most VMM_APPEND_JOBS (or _WIDE) of them. On a stream
-     * that is being captured nothing is launched: `captured` says so, and the call succeeds. */
+    /* Run the append kernel over jobs, at most VMM_APPEND_JOBS (or _JOBS_WIDE, _PIECES) of them. On
+     * a stream that is being captured nothing is launched: `captured` says so, and the call
+     * succeeds. */
     vmm_status (*launch)(void *state, const vmm_append_args *args, size_t n_jobs, vmm_stream stream,
                          bool *captured);
     vmm_status (*launch_wide)(void *state, const vmm_append_args_wide *args, size_t n_jobs,
                               vmm_stream stream, bool *captured);
+    vmm_status (*launch_pieces)(void *state, const vmm_append_args_pieces *args, size_t n_pieces,
+                                vmm_stream stream, bool *captured);
     /* Append at the rows that the device keeps; set these rows, not on a stream that is being
      * captured (`captured` as above). The number of blocks of each job is filled in. */
     vmm_status (*launch_cursor)(void *state, vmm_cursor_args *args, size_t n_jobs,

@@ -49,7 +49,7 @@ typedef CUuserObject gpu_user_object;
 #define GPU_STREAM_NON_BLOCKING CU_STREAM_NON_BLOCKING
 #define GPU_USER_OBJECT_NO_SYNC CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
 #define GPU_USER_OBJECT_MOVE CU_GRAPH_USER_OBJECT_MOVE
-#define GPU_N_KERNELS 4
+#define GPU_N_KERNELS 5
 
 typedef struct gpu_device {
     int index;

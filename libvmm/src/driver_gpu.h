@@ -31,6 +31,7 @@
 typedef enum gpu_kernel {
     GPU_KERNEL_APPEND,
     GPU_KERNEL_APPEND_WIDE,
+    GPU_KERNEL_APPEND_PIECES,
     GPU_KERNEL_APPEND_CURSOR,
     GPU_KERNEL_CURSOR,
 } gpu_kernel;
@@ -38,6 +39,7 @@ typedef enum gpu_kernel {
 static const char *const kernel_names[GPU_N_KERNELS] = {
     [GPU_KERNEL_APPEND] = VMM_APPEND_KERNEL,
     [GPU_KERNEL_APPEND_WIDE] = VMM_APPEND_KERNEL_WIDE,
+    [GPU_KERNEL_APPEND_PIECES] = VMM_APPEND_KERNEL_PIECES,
     [GPU_KERNEL_APPEND_CURSOR] = VMM_APPEND_KERNEL_CURSOR,
     [GPU_KERNEL_CURSOR] = VMM_CURSOR_KERNEL,
 };
@@ -468,6 +470,37 @@ static vmm_status gpu_launch_wide(void *state, const vmm_append_args_wide *args,
     return launch_jobs(device, GPU_KERNEL_APPEND_WIDE, args, n_jobs, n_units, stream, captured);
 }
 
+/* Blocks for each run. Where pieces differ in size, the share of those that need few goes to
+ * those that need many: what is without work ends at once. */
+static uint64_t blocks_for_pieces(const gpu_device *device, const vmm_append_args_pieces *args,
+                                  size_t n_pieces) {
+    uint64_t most = 0, n_blocks = device->max_blocks / (n_pieces * args->n_runs);
+    for (size_t i = 0; i < n_pieces; i++)
+        most = args->piece[i].n_units > most ? args->piece[i].n_units : most;
+    most = block_count(most, VMM_APPEND_BLOCK_THREADS, UINT32_MAX);
+    n_blocks = n_blocks ? n_blocks : 1;
+    while (n_blocks < most) {
+        uint64_t working = 0;
+        for (size_t i = 0; i < n_pieces; i++) {
+            uint64_t needed = block_count(args->piece[i].n_units, VMM_APPEND_BLOCK_THREADS, UINT32_MAX);
+            working += needed < 2 * n_blocks ? needed : 2 * n_blocks;
+        }
+        if (working * args->n_runs > device->max_blocks)
+            break;
+        n_blocks *= 2;
+    }
+    return n_blocks < most ? n_blocks : most;
+}
+
+static vmm_status gpu_launch_pieces(void *state, const vmm_append_args_pieces *args,
+                                    size_t n_pieces, vmm_stream stream, bool *captured) {
+    const gpu_device *device = state;
+    const unsigned grid[] = {(unsigned)blocks_for_pieces(device, args, n_pieces),
+                             (unsigned)n_pieces, (unsigned)args->n_runs};
+    return launch(device, GPU_KERNEL_APPEND_PIECES, grid, VMM_APPEND_BLOCK_THREADS, args, stream,
+                  captured);
+}
+
 static vmm_status gpu_launch_cursor(void *state, vmm_cursor_args *args, size_t n_jobs,
                                     vmm_stream stream) {
     const gpu_device *device = state;
@@ -718,7 +751,8 @@ static vmm_status gpu_fence(void *state, driver_event event) {
     .query = gpu_query, .reserve = gpu_reserve, .free = gpu_free, .create = gpu_create,            \
     .release = gpu_release, .map = gpu_map, .unmap = gpu_unmap, .set_access = gpu_set_access,      \
     .copy = gpu_copy, .fill = gpu_fill, .launch = gpu_launch, .launch_wide = gpu_launch_wide,      \
-    .launch_cursor = gpu_launch_cursor, .set_cursor = gpu_set_cursor, .allocate = gpu_allocate,    \
+    .launch_pieces = gpu_launch_pieces, .launch_cursor = gpu_launch_cursor,                        \
+    .set_cursor = gpu_set_cursor, .allocate = gpu_allocate,                                        \
     .allocate_host = gpu_allocate_host, .deallocate = gpu_deallocate,                              \
     .deallocate_host = gpu_deallocate_host, .write = gpu_write, .read = gpu_read,                  \
     .retain = gpu_retain,                                                                          \

@@ -70,7 +70,7 @@ typedef hipUserObject_t gpu_user_object;
 #define GPU_STREAM_NON_BLOCKING hipStreamNonBlocking
 #define GPU_USER_OBJECT_NO_SYNC hipUserObjectNoDestructorSync
 #define GPU_USER_OBJECT_MOVE hipGraphUserObjectMove
-#define GPU_N_KERNELS 4
+#define GPU_N_KERNELS 5
 
 typedef struct gpu_device {
     int index;

@@ -81,8 +81,37 @@ bool pin_truncate(vmm_tensor *tensor, size_t n_rows, size_t *pinned) {
     pthread_mutex_lock(&tensor->pin_lock);
     *pinned = n_rows < tensor->length ? pinned_locked(tensor) : 0;
     bool allowed = *pinned <= n_rows;
-    if (allowed)
+    if (allowed && tensor->is_ragged)
+        lanes_cut(tensor, n_rows);
+    else if (allowed)
         tensor_set_length(tensor, n_rows);
+    pthread_mutex_unlock(&tensor->pin_lock);
+    return allowed;
+}
+
+static bool allows_locked(const vmm_tensor *tensor, const lane_list *list, size_t *pinned,
+                          size_t *least) {
+    *pinned = pinned_locked(tensor);
+    for (size_t i = 0; i < list->n; i++) {
+        *least = list->counts[i];
+        if (*least < *pinned && *least < lanes_length(tensor, lane_at(list, i)))
+            return false;
+    }
+    return true;
+}
+
+bool pin_allows(vmm_tensor *tensor, const lane_list *list, size_t *pinned, size_t *least) {
+    pthread_mutex_lock(&tensor->pin_lock);
+    bool allowed = allows_locked(tensor, list, pinned, least);
+    pthread_mutex_unlock(&tensor->pin_lock);
+    return allowed;
+}
+
+bool pin_truncate_lanes(vmm_tensor *tensor, const lane_list *list, size_t *pinned, size_t *least) {
+    pthread_mutex_lock(&tensor->pin_lock);
+    bool allowed = allows_locked(tensor, list, pinned, least);
+    if (allowed)
+        lanes_set(tensor, list);
     pthread_mutex_unlock(&tensor->pin_lock);
     return allowed;
 }

@@ -58,10 +58,6 @@ static bool is_lane_dimension(const vmm_spec *spec, int d) {
     }
 }
 
-size_t vmm_length_count(const vmm_tensor *tensor) {
-    return is_lane_dimension(&tensor->spec, 0) ? (size_t)tensor->row_shape[0] : 1;
-}
-
 /* Rows and lanes in bytes, or false when they do not fit a size_t. */
 static bool measure(vmm_tensor *tensor) {
     const vmm_spec *spec = &tensor->spec;
@@ -134,6 +130,12 @@ vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out) {
                           "%zu rows of this shape do not fit the address space", spec->capacity);
         goto free_tensor;
     }
+    tensor->n_lengths = is_lane_dimension(spec, 0) ? (size_t)spec->shape[0] : 1;
+    tensor->lengths = calloc(tensor->n_lengths, 2 * sizeof *tensor->lengths);
+    if (!tensor->lengths) {
+        status = vmm_fail(VMM_ERR_OUT_OF_MEMORY, "reserve", "no host memory left");
+        goto free_tensor;
+    }
     status = range_create(pool, tensor->n_lanes, lane_bytes, tensor->spec.block_bytes,
                           tensor->driver_calls, &tensor->range);
     if (status)
@@ -145,6 +147,7 @@ vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out) {
     return VMM_OK;
 
 free_tensor:
+    free(tensor->lengths);
     free(tensor);
     return status;
 }
@@ -156,6 +159,7 @@ void tensor_destroy(vmm_tensor *tensor) {
     range_retire(tensor->range);
     pthread_mutex_destroy(&tensor->pin_lock);
     free(tensor->waits);
+    free(tensor->lengths);
     free(tensor);
 }
 
@@ -283,21 +287,13 @@ static vmm_status fill_zero(vmm_tensor *tensor, size_t n_rows, bool *submitted) 
     return status;
 }
 
-/* The cursor becomes the length plus `n_rows`, as a write on `stream`. */
-static vmm_status move_cursor(vmm_tensor *tensor, size_t n_rows, vmm_stream stream,
-                              const char *operation) {
-    if (!tensor->cursor)
-        return VMM_OK;
-    vmm_status status = order_before_write(tensor, stream);
-    if (!status)
-        status = cursor_set(1, &tensor, NULL, n_rows, stream, operation);
-    if (!status && tensor->pool->device->ops->is_async)
-        order_after_write(tensor, stream);
-    return status;
-}
-
-/* What grow does when it cannot just count: map, zero, tell the device. */
+/* What grow does when it cannot just count: refuse, map, zero, tell the device. */
 static vmm_status grow_slowly(vmm_tensor *tensor, size_t n_rows) {
+    if (tensor->is_ragged) /* no view could show the rows that are new, and no others */
+        return vmm_fail(VMM_ERR_INVALID, "grow",
+                        "the lanes have different lengths, %zu to %zu: append() to them, each at "
+                        "its own, or truncate() until all are the same",
+                        lanes_least(tensor), tensor->length);
     range_change change = {0};
     vmm_stream stream = order_write_stream(tensor);
     bool submitted = false;
@@ -310,7 +306,7 @@ static vmm_status grow_slowly(vmm_tensor *tensor, size_t n_rows) {
     if (!status && tensor->spec.zero)
         status = fill_zero(tensor, n_rows, &submitted);
     if (!status)
-        status = move_cursor(tensor, n_rows, stream, "grow");
+        status = cursor_grow(tensor, n_rows, stream);
     if (!status)
         range_commit(&change);
     else
@@ -325,9 +321,10 @@ vmm_status vmm_grow(vmm_tensor *tensor, size_t n_rows, void **out) {
     if (status)
         return status;
     size_t length = tensor->length;
-    if (n_rows > tensor->spec.capacity - length)
+    if (n_rows > tensor->spec.capacity - length && !tensor->is_ragged)
         return tensor_fail_capacity(tensor, "grow", n_rows);
-    if (n_rows > tensor->mapped - length || ((tensor->spec.zero || tensor->cursor) && n_rows)) {
+    if (n_rows > tensor->mapped - length || tensor->is_ragged ||
+        ((tensor->spec.zero || tensor->cursor) && n_rows)) {
         status = grow_slowly(tensor, n_rows);
         if (status)
             return status;
@@ -336,12 +333,6 @@ vmm_status vmm_grow(vmm_tensor *tensor, size_t n_rows, void **out) {
         *out = (void *)(tensor->range->base + length * tensor->lane_row_bytes);
     tensor_set_length(tensor, length + n_rows);
     return VMM_OK;
-}
-
-/* Before a truncation moves the cursor: graphs that append have run to their end. */
-static vmm_status before_cursor(vmm_tensor *tensor, vmm_stream stream) {
-    vmm_status status = order_before_write(tensor, stream);
-    return status ? status : cursor_settle(tensor, stream);
 }
 
 vmm_status vmm_truncate(vmm_tensor *tensor, size_t n_rows, vmm_stream stream) {
@@ -360,21 +351,15 @@ vmm_status vmm_truncate(vmm_tensor *tensor, size_t n_rows, vmm_stream stream) {
         if (status)
             return status;
     }
-    size_t length = tensor->length;
-    if (stream == VMM_STREAM_NONE)
-        stream = order_write_stream(tensor);
-    if (tensor->cursor && pinned <= n_rows)
-        status = before_cursor(tensor, stream);
+    if (pinned <= n_rows)
+        status = cursor_before_truncate(tensor, &stream);
     if (status)
         return status;
     if (!pin_truncate(tensor, n_rows, &pinned))
         return vmm_fail(VMM_ERR_PINNED, "truncate",
                         "an export covers rows up to %zu: drop it before truncating to %zu", pinned,
                         n_rows);
-    status = move_cursor(tensor, 0, stream, "truncate");
-    if (status)
-        tensor_set_length(tensor, length);
-    return status;
+    return cursor_truncate(tensor, stream);
 }
 
 vmm_status vmm_trim(vmm_tensor *tensor) {
@@ -424,7 +409,9 @@ vmm_status vmm_fork(vmm_tensor *tensor, size_t n_rows, vmm_tensor **out) {
     /* The source's next write comes after this reading. Said first, since it can fail. */
     status = n_rows ? order_add_wait(tensor, stream) : VMM_OK;
     if (!status && n_rows)
-        status = append_checked(1, target, &rows, stream, false);
+        status = append_checked(1, target, &rows, NULL, stream, false);
+    if (!status && tensor->is_ragged)
+        lanes_copy(copy, tensor, n_rows);
     tensor->busy = false;
     if (status) {
         tensor_unreference(copy);
@@ -503,7 +490,9 @@ vmm_status vmm_stats(const vmm_tensor *tensor, vmm_tensor_stats *out) {
         return vmm_fail(VMM_ERR_FORKED, "stats", "the tensor belongs to the parent process");
     *out = (vmm_tensor_stats){.reserved_bytes = tensor->range->bytes};
     range_count(tensor->range, &out->mapped_bytes, &out->block_count);
-    out->used_bytes = vmm_length(tensor) * tensor->row_bytes;
+    out->used_bytes = tensor->is_ragged
+                          ? lanes_used_rows(tensor) * (tensor->row_bytes / tensor->n_lengths)
+                          : vmm_length(tensor) * tensor->row_bytes;
     out->slack_bytes = out->mapped_bytes - out->used_bytes;
     for (int call = 0; call < VMM_CALL_COUNT; call++)
         out->driver_calls[call] = __atomic_load_n(&tensor->driver_calls[call], __ATOMIC_RELAXED);

@@ -1,6 +1,7 @@
 /* tensor.h - rows, lanes, length: what the files of this layer share.
  *
  * tensor.c   what a tensor is, mapping and growing it, giving it up
+ * lanes.c    lanes of different lengths
  * append.c   copying rows in
  * cursor.h   the lengths where the device reads them, and graphs that append
  * order.c    which stream waits for which
@@ -37,7 +38,14 @@ struct vmm_tensor {
     size_t length;
     size_t mapped;
     struct tensor_cursor *cursor; /* cursor.h; NULL for most */
-    bool busy; /* a growth is under way: an out-of-memory callback may call back in */
+    bool is_ragged; /* lanes.c: the lanes differ in length, `length` is the largest */
+    bool busy;      /* a growth is under way: an out-of-memory callback may call back in */
+
+    /* lanes.c: one length for each index of dimension 0 where lanes are made for it, else one;
+     * behind them as many marks of what a list has named. */
+    size_t n_lengths;
+    size_t *lengths; /* that mean something while the tensor is ragged */
+    size_t seen_mark;
 
     /* order.c */
     bool written;            /* last_stream means something */
@@ -73,13 +81,47 @@ void tensor_unmap(vmm_tensor *tensor, range_change *change, bool touched);
 void tensor_set_length(vmm_tensor *tensor, size_t n_rows);
 vmm_status tensor_fail_capacity(const vmm_tensor *tensor, const char *operation, size_t n_rows);
 
-/* Append what has been checked already; see vmm_append_many(). Without `capturable` it is an
- * error if the stream is being captured. */
+/* Lanes that a call names, and a number of rows for each. */
+typedef struct lane_list {
+    size_t n;
+    const size_t *lanes;  /* NULL: 0 .. n-1, which are all */
+    const size_t *counts; /* NULL: what the call says for all */
+} lane_list;
+
+/* No list at all stands for every lane and every row. */
+static inline size_t lane_at(const lane_list *list, size_t i) {
+    return list && list->lanes ? list->lanes[i] : i;
+}
+
+static inline size_t lane_count(const lane_list *list, size_t i, size_t n_rows) {
+    return list && list->counts ? list->counts[i] : n_rows;
+}
+
+/* The length of one lane, by its index in dimension 0. */
+static inline size_t lanes_length(const vmm_tensor *tensor, size_t lane) {
+    return tensor->is_ragged ? tensor->lengths[lane] : tensor->length;
+}
+
+/* lanes.c: the shortest length; the rows in use of all lanes together. */
+size_t lanes_least(const vmm_tensor *tensor);
+size_t lanes_used_rows(const vmm_tensor *tensor);
+/* Are these lanes of the tensor, each named once? */
+vmm_status lanes_check(vmm_tensor *tensor, const lane_list *list, const char *operation);
+/* Each lane becomes longer, by its count or by n_rows; */
+void lanes_extend(vmm_tensor *tensor, const lane_list *list, size_t n_rows);
+/* becomes what its count says; */
+void lanes_set(vmm_tensor *tensor, const lane_list *list);
+/* keeps n_rows at most (of a ragged tensor); is as long as another tensor's, n_rows at most. */
+void lanes_cut(vmm_tensor *tensor, size_t n_rows);
+void lanes_copy(vmm_tensor *to, const vmm_tensor *from, size_t n_rows);
+
+/* Append what has been checked already; see vmm_append_many(). Without a list to every lane, without
+ * `capturable` not on a stream that is being captured. */
 vmm_status append_checked(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
-                          vmm_stream stream, bool capturable);
-/* The rows of a source, and its strides, which are put into `dense` where it has none. */
+                          const lane_list *list, vmm_stream stream, bool capturable);
+/* The rows of a source; a source with strides, for which there is room in `strides`. */
 size_t append_rows(const vmm_tensor *tensor, const vmm_array *source);
-const int64_t *append_strides(const vmm_tensor *tensor, const vmm_array *source, int64_t *dense);
+vmm_array append_with_strides(const vmm_tensor *tensor, const vmm_array *source, int64_t *strides);
 
 /* order.c: NULL is the legacy stream; a stream of another device is refused. */
 vmm_status order_check_stream(vmm_tensor *tensor, vmm_stream *stream, const char *operation);
@@ -97,6 +139,10 @@ vmm_status order_capture_of(vmm_tensor *tensor, vmm_stream stream, uint64_t *cap
 
 /* pin.c: shorten the tensor, unless a pin covers a row beyond; `pinned` says how far. */
 bool pin_truncate(vmm_tensor *tensor, size_t n_rows, size_t *pinned);
+/* The same for the lanes of a list; `least` is the count of one that is pinned. The first only
+ * says whether it would be done. */
+bool pin_allows(vmm_tensor *tensor, const lane_list *list, size_t *pinned, size_t *least);
+bool pin_truncate_lanes(vmm_tensor *tensor, const lane_list *list, size_t *pinned, size_t *least);
 void tensor_unreference(vmm_tensor *tensor);
 /* Count one reference more, unless the last has gone. */
 bool tensor_reference_live(vmm_tensor *tensor);

@@ -86,10 +86,14 @@ static vmm_array device_row(const rows *r, size_t i) {
                        .shape = one_row};
 }
 
-static void append_row(model *m, const rows *r, size_t i, void *stream) {
+static void submit_row(model *m, const rows *r, size_t i, void *stream) {
     vmm_array row = device_row(r, i);
 
     CHECK_OK(vmm_append(m->tensor, &row, stream));
+}
+
+static void append_row(model *m, const rows *r, size_t i, void *stream) {
+    submit_row(m, r, i, stream);
     model_extend(m, r->first + (uint32_t)i, 1);
 }
 
@@ -279,9 +283,9 @@ static void test_capture(const fixture *f, int mode) {
     CHECK_OK(vmm_pool_capture_begin(own.pool));
     CHECK_CUDA(cuda()->begin_capture(stream, mode));
     for (size_t i = 1; i < 10; i++)
-        append_row(&m, &r, i, stream);
+        submit_row(&m, &r, i, stream);
     CHECK_OK(vmm_map(m.tensor, m.length + 2 * f->granularity_bytes / ROW_BYTES));
-    append_row(&m, &r, 10, stream);
+    submit_row(&m, &r, 10, stream);
     CHECK_STATUS(vmm_append(m.tensor, &host_source, stream), VMM_ERR_CAPTURING);
     CHECK_STATUS(vmm_handoff(m.tensor, outside), VMM_ERR_CAPTURING);
     CHECK_STATUS(vmm_stream_wait(f->device, outside, stream), VMM_ERR_CAPTURING);
@@ -294,8 +298,11 @@ static void test_capture(const fixture *f, int mode) {
     CHECK_OK(vmm_pool_capture_end(own.pool));
 
     CHECK_CUDA(cuda()->instantiate(&exec, graph, 0));
-    for (int replay = 0; replay < 3; replay++)
+    for (int replay = 0; replay < 3; replay++) {
         CHECK_CUDA(cuda()->graph_launch(exec, stream));
+        CHECK_OK(vmm_advance(m.tensor, 10));
+        model_extend(&m, r.first + 1, 10);
+    }
     append_row(&m, &r, 11, stream);
     CHECK_CUDA(cuda()->stream_synchronize(stream));
     model_check(&m);
@@ -326,7 +333,7 @@ static void test_capture_without_brackets(const fixture *f) {
     CHECK_OK(vmm_close(closed.tensor));
     model_grow(&m, vmm_mapped(m.tensor) - m.length, false);
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
-    append_row(&m, &r, 1, stream);
+    submit_row(&m, &r, 1, stream);
     CHECK_CUDA(cuda()->end_capture(stream, &graph));
     CHECK_OK(vmm_pool_statistics(own.pool, &stats));
     CHECK_SIZE(stats.driver_calls[VMM_CALL_fence], 0);

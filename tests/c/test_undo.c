@@ -123,7 +123,7 @@ static void test_launch_fails(const fixture *f) {
 
 /* The second launch fails while the first one writes to what was mapped for it: no unmap. */
 static void test_second_launch_fails(const fixture *f) {
-    enum { N = 40 };
+    enum { N = VMM_APPEND_MAX_FUSED + 8 };
     model models[N];
     vmm_tensor *tensors[N];
     vmm_array sources[N];

@@ -22,11 +22,31 @@ static job widened(const vmm_append_job *in) {
     return out;
 }
 
+/* A piece is a job of one outer dimension, which the grid's third direction counts. */
+static job of_piece(const vmm_append_args_pieces *args, unsigned i) {
+    const vmm_append_piece *piece = &args->piece[i];
+    return (job){.dst = piece->dst,
+                 .src = piece->src,
+                 .n_units = args->n_runs * piece->n_units,
+                 .run_units = piece->n_units,
+                 .unit_bytes = piece->unit_bytes,
+                 .n_outer = 1,
+                 .count = {args->n_runs},
+                 .dst_stride = {args->dst_stride},
+                 .src_stride = {args->src_stride}};
+}
+
 static bool is_wide(const sim_op *op) {
     return op->u.launch.kernel == &sim_append_kernel_wide;
 }
 
+static bool is_pieces(const sim_op *op) {
+    return op->u.launch.kernel == &sim_append_kernel_pieces;
+}
+
 static job job_at(const sim_op *op, unsigned i) {
+    if (is_pieces(op))
+        return of_piece(op->u.launch.params, i);
     return is_wide(op) ? ((const vmm_append_args_wide *)op->u.launch.params)->job[i]
                        : widened(&((const vmm_append_args *)op->u.launch.params)->job[i]);
 }
@@ -93,15 +113,19 @@ CUresult sim_touch_side(const job *j, const sim_visit *visit, bool write) {
 
 static CUresult check(const sim_op *op, const sim_visit *visit) {
     const unsigned *grid = op->u.launch.grid, *block = op->u.launch.block;
-    unsigned jobs = is_wide(op) ? VMM_APPEND_JOBS_WIDE : VMM_APPEND_JOBS;
+    unsigned jobs = is_pieces(op) ? VMM_APPEND_PIECES
+                    : is_wide(op) ? VMM_APPEND_JOBS_WIDE
+                                  : VMM_APPEND_JOBS;
+    uint64_t runs =
+        is_pieces(op) ? ((const vmm_append_args_pieces *)op->u.launch.params)->n_runs : 1;
     uint32_t dims = is_wide(op) ? VMM_APPEND_DIMS_WIDE : VMM_APPEND_DIMS;
-    if (block[0] != VMM_APPEND_BLOCK_THREADS || block[1] != 1 || block[2] != 1 || grid[2] != 1 ||
+    if (block[0] != VMM_APPEND_BLOCK_THREADS || block[1] != 1 || block[2] != 1 || grid[2] != runs ||
         grid[1] > jobs || grid[0] > (1u << 30) / VMM_APPEND_BLOCK_THREADS)
         return sim_refuse(CUDA_ERROR_INVALID_VALUE,
                           "%s: grid (%u, %u, %u) of blocks (%u, %u, %u), made for blocks of %d and "
-                          "at most %u jobs",
+                          "at most %u jobs in %llu runs",
                           op->name, grid[0], grid[1], grid[2], block[0], block[1], block[2],
-                          VMM_APPEND_BLOCK_THREADS, jobs);
+                          VMM_APPEND_BLOCK_THREADS, jobs, (unsigned long long)runs);
     for (unsigned i = 0; i < grid[1]; i++) {
         job j = job_at(op, i);
         CUresult status = sim_check_shape(&j, i, dims);
@@ -130,3 +154,5 @@ static void run_jobs(const sim_op *op) {
 const sim_kernel sim_append_kernel = {VMM_APPEND_KERNEL, sizeof(vmm_append_args), check, run_jobs};
 const sim_kernel sim_append_kernel_wide = {VMM_APPEND_KERNEL_WIDE, sizeof(vmm_append_args_wide),
                                            check, run_jobs};
+const sim_kernel sim_append_kernel_pieces = {VMM_APPEND_KERNEL_PIECES,
+                                             sizeof(vmm_append_args_pieces), check, run_jobs};

@@ -404,7 +404,7 @@ void sim_call_back(CUhostFn call, void *user_data);
 CUresult sim_copy_check(const sim_copy *copy, const sim_visit *visit);
 void sim_copy_run(const sim_copy *copy);
 void sim_fill_run(const sim_copy *place, unsigned char value);
-extern const sim_kernel sim_append_kernel, sim_append_kernel_wide;
+extern const sim_kernel sim_append_kernel, sim_append_kernel_wide, sim_append_kernel_pieces;
 extern const sim_kernel sim_append_kernel_cursor, sim_cursor_kernel;
 const sim_kernel *sim_find_kernel(const char *name);
 /* For tests of the simulator that bring kernels of their own. 0, or -1 when it is full. */
