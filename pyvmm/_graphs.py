@@ -118,7 +118,7 @@ class Recorded:
         self._map_ahead()
 
         def warm_up() -> None:
-            lengths = [_lengths(tensor) for tensor in self.tensors]
+            lengths = [tensor.lengths for tensor in self.tensors]
             try:
                 run()
                 self.n_rows = [
@@ -170,10 +170,6 @@ class Recorded:
             return None
         stream: int = torch.cuda.current_stream(self._device).cuda_stream
         return stream
-
-
-def _lengths(tensor: VTensor) -> tuple[int, ...]:
-    return getattr(tensor, "lengths", (tensor.length,))
 
 
 def _truncate(tensor: VTensor, lengths: tuple[int, ...], stream: int | None) -> None:
