@@ -108,15 +108,20 @@ def make_cache(kind: str, config: Any, length: int, layout: str | None) -> Any:
 
 
 class Run:
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        name: str = "hf_decode",
+        not_measured: str = "a pass over a prompt; sampling; the time between a step's kernels",
+    ) -> None:
         self.options = options
         self.smoke = options.smoke
         self.device = torch.device("cpu" if self.smoke else options.device)
         self.dtype = torch.float32 if self.smoke else torch.bfloat16
         self.layout = options.layout or ("c" if self.smoke else "seq")
         self.bench = Bench(
-            "hf_decode",
-            "a pass over a prompt; sampling; the time between a step's kernels",
+            name,
+            not_measured,
             "host" if self.smoke else options.device,
             options.out,
         )

@@ -120,6 +120,12 @@ class KVPair:
             )
         self._publish(length)
 
+    def append_recorded(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """append() for a graph that is being captured: where the tensors' cursors stand when it
+        is replayed. Nothing is published; see follow()."""
+        tensors = self.key_tensor, self.value_tensor
+        pyvmm.append_many(tensors, (key_states, value_states), self._stream())
+
     def truncate(self, length: int) -> None:
         """Drop the tokens from `length` on; the memory stays. Raises BufferError while an
         export of one of the two tensors pins them: then that one is as before."""
@@ -135,6 +141,29 @@ class KVPair:
             self._check()
             length = self.length
         return KVPair(self.key_tensor.fork(length), self.value_tensor.fork(length))
+
+    def is_for(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Can states like these be appended, whatever is in the pair?"""
+        return all(
+            (*a.shape[:-2], a.shape[-1]) == (*b.shape[:-2], b.shape[-1])
+            and (a.dtype, a.device) == (b.dtype, b.device)
+            for a, b in ((self.keys, key_states), (self.values, value_states))
+        )
+
+    def follow(self) -> None:
+        """Take over what a replayed graph, or others that own the tensors, have made of them."""
+        self._publish(self.key_tensor.length)
+
+    @property
+    def reserved(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values over the whole capacity, most of it without memory."""
+        return self._all_keys, self._all_values
+
+    def is_shared(self) -> bool:
+        """Does anyone but the pair itself hold views of its tokens?"""
+        count = torch._C._storage_Use_Count
+        # Our own: the whole, the view of the tokens in use, and the wrapper made here.
+        return any(count(whole.untyped_storage()._cdata) > 3 for whole in self.reserved)
 
     def select(self, indices: torch.Tensor) -> None:
         """Sequence i becomes what sequence indices[i] was, in place."""

@@ -5,6 +5,9 @@
     with pyvmm.torch.inplace_cat():                  # every growing torch.cat in here
         model.generate(**inputs)
 
+    step = pyvmm.torch.capture(decode, [k, v])       # a CUDA graph over a cache that grows
+    logits = step(token)
+
     memory = torch.cuda.MemPool(pyvmm.torch.allocator(pool).allocator())
     with torch.cuda.use_mem_pool(memory):            # torch's own tensors, within pool's budget
         weights = torch.empty(...)
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, SupportsIndex
@@ -39,10 +43,11 @@ from torch.utils.dlpack import from_dlpack
 from pyvmm._allocator import bind
 from pyvmm._concat import Framework, fall_back, is_tensor_at, join, register
 from pyvmm._frameworks import gpu_name
+from pyvmm._graphs import CapturedStep, CudaGraph, Graph, tensors_of
 from pyvmm._inplace import Switch, Turned
 from pyvmm._pool import Pool, default_pool
 
-__all__ = ["allocator", "cat", "inplace_cat"]
+__all__ = ["allocator", "capture", "cat", "inplace_cat"]
 
 _Tensor = torch.Tensor
 _cat = torch.cat
@@ -225,6 +230,63 @@ _SWITCH = Switch(
         (_Tensor, "view", _viewing),
     ],
 )
+
+
+# ---- graphs -----------------------------------------------------------------------
+
+
+def capture(fn: Callable[..., Any], cache: Any) -> CapturedStep:
+    """A decode step that is captured once in a CUDA graph and replayed while the cache grows.
+
+        lengths = torch.from_dlpack(k.cursor)            # int32, on the device
+
+        def decode(token):                               # a tensor in, tensors out
+            q, new_k, new_v = project(token)
+            pyvmm.append_many([k, v], [new_k, new_v])
+            return attend(q, torch.from_dlpack(k.reserved()), ..., lengths)
+
+        step = pyvmm.torch.capture(decode, [k, v])
+        for _ in range(n):
+            token = step(token).argmax(-1)
+
+    fn:    takes tensors and appends to the cache's tensors, as many rows at every call; whatever
+           else it takes of the cache must be data on the device: `reserved()` for the rows and
+           `cursor` for the lengths, taken before and outside of it.
+    cache: a VTensor, a list of them, or an object that lists them: a VMMCache after its first
+           update, one of its layers.
+
+    The step takes what fn takes. Its first call, and the first with tensors of another shape or
+    dtype, runs fn twice, the second time under capture; what the first appended is dropped, so
+    fn must not count its calls. Each call copies the inputs to the graph's own, backs the rows
+    of the step and those to the end of the tile that follows with zeroed memory, replays, and
+    advances the tensors' lengths. What it returns is the graph's own memory: the next call
+    writes over it.
+
+    Without a GPU fn is called as it is, which is said once as a RuntimeWarning. The step raises
+    pyvmm.CapacityError and pyvmm.OutOfMemoryError, with the cache as it was, and RuntimeError
+    for a function that cannot be captured. Raises TypeError, ValueError for a `cache` without
+    tensors or of several devices."""
+    return _capture(fn, cache, None)
+
+
+def _capture(fn: Callable[..., Any], cache: Any, make_graph: type[Graph] | None) -> CapturedStep:
+    tensors = tuple(tensors_of(cache))
+    if not tensors:
+        raise ValueError("the cache lists no VTensors: make them, or fill it, first")
+    names = {tensor.device for tensor in tensors}
+    if len(names) > 1:
+        raise ValueError(f"the cache lies on several devices: {', '.join(sorted(names))}")
+    with torch.inference_mode(False):
+        device = from_dlpack(tensors[0].reserved()).device
+    if device.type == "cpu" and make_graph is None:
+        warnings.warn(
+            "pyvmm.torch.capture: the function is called as it is, because graphs exist on CUDA "
+            "devices, and the cache is on the host",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return CapturedStep(fn, tensors, device, None)
+    return CapturedStep(fn, tensors, device, make_graph or CudaGraph)
 
 
 # ---- memory -----------------------------------------------------------------------

@@ -30,6 +30,7 @@ not backed by memory: `clone()` it first.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicCache, D
 import pyvmm
 from pyvmm._torch_kv import KVPair, Layout
 
-__all__ = ["VMMCache", "VMMLayer", "install", "stats", "uninstall"]
+__all__ = ["VMMCache", "VMMLayer", "captured", "install", "stats", "uninstall"]
 
 # Tokens of address space where neither the caller nor the model's config says how many.
 _DEFAULT_CAPACITY = 131_072
@@ -304,7 +305,7 @@ class VMMLayer(DynamicLayer):
         if not (_is_storable(key_states) and _is_storable(value_states)):
             return self._concatenate(key_states, value_states)
         dense = _dense(key_states), _dense(value_states)
-        if pair.length == 0 and not _fits(pair, key_states, value_states):
+        if pair.length == 0 and not pair.is_for(key_states, value_states):
             # Nothing is lost: other sequences begin, say of another batch size.
             fresh = self._reserve(key_states, value_states, key_states.shape[-2])
             fresh.append(*dense)
@@ -365,14 +366,6 @@ def _dense(states: torch.Tensor) -> torch.Tensor:
     """States that can be appended: without gradients, the last dimension dense."""
     states = states.detach() if states.requires_grad else states
     return states if states.stride(-1) == 1 else states.contiguous()
-
-
-def _fits(pair: KVPair, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-    return all(
-        (*a.shape[:-2], a.shape[-1]) == (*b.shape[:-2], b.shape[-1])
-        and (a.dtype, a.device) == (b.dtype, b.device)
-        for a, b in ((pair.keys, key_states), (pair.values, value_states))
-    )
 
 
 def _restored(
@@ -520,3 +513,30 @@ def uninstall() -> None:
         )
     DYNAMIC_LAYER_TYPE_MAPPING[_FULL] = _replaced
     _replaced = None
+
+
+# ---- captured steps -----------------------------------------------------------------------
+
+
+def captured(model: Any, compile: bool = False) -> AbstractContextManager[Any]:
+    """Capture the model's decode steps in CUDA graphs while the block lasts.
+
+        with pyvmm.transformers.captured(model):
+            out = model.generate(**inputs, max_new_tokens=1024)
+
+    Steps of one token run without the host: recorded once for a batch size, and again where the
+    length passes a power of two, then replayed over a cache that grows as ever. Prefill, and
+    whatever a graph cannot give (see docs/captured.md), runs eagerly over the same cache, which
+    is a VMMCache in all but name; that is said once, with the reason, as a RuntimeWarning.
+
+    compile: let torch.compile fuse the step before it is captured; a minute at the first step.
+
+    Inside the block, forward takes DynamicCache and VMMCache and puts layers of its own in the
+    place of theirs. Caches remain usable after it. The model's weights and modules must not be
+    exchanged in the block. Blocks nest, and several threads may generate at once. The block's
+    value counts: `n_captures`, `n_replays`, and has the `reasons` for eager steps.
+
+    Raises ValueError if the model is captured already with another `compile`."""
+    from pyvmm import _captured  # which takes its layers from here
+
+    return _captured.block(model, compile)

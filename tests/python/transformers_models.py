@@ -31,6 +31,8 @@ def config_of(kind):
         return transformers.LlamaConfig(**DECODER_SIZES)
     if kind == "qwen2":
         return transformers.Qwen2Config(**DECODER_SIZES)
+    if kind == "qwen3":
+        return transformers.Qwen3Config(**DECODER_SIZES)
     if kind == "mistral":
         return transformers.MistralConfig(**DECODER_SIZES, sliding_window=SLIDING_WINDOW)
     if kind == "t5":

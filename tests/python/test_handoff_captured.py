@@ -1,0 +1,761 @@
+"""Captured steps: generate() in every way, logits, fallbacks, and capture() by itself.
+
+On the CPU a graph is replaced by one that runs the recorded function again over the same static
+buffers (EagerGraph), with attention in plain torch: all that surrounds a graph is the same. On a
+GPU it is what users run."""
+
+import copy
+import gc
+import pickle
+import threading
+from contextlib import nullcontext as quiet
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+import pyvmm  # noqa: E402
+import pyvmm.torch  # noqa: E402
+import pyvmm.transformers as adapter  # noqa: E402
+import transformers_models as models  # noqa: E402
+from pyvmm import _attention, _captured, _graphs  # noqa: E402
+from pyvmm._torch_kv import KVPair  # noqa: E402
+from pyvmm.transformers import VMMCache  # noqa: E402
+from transformers_models import generate, prompt  # noqa: E402
+
+DynamicCache = transformers.DynamicCache
+MODELS = "llama", "qwen2", "qwen3", "mistral", "gemma3"
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def place(request):
+    models.skip_place(request.param)
+    return request.param
+
+
+def graphs_of(place):
+    return _graphs.EagerGraph if place == "cpu" else _graphs.CudaGraph
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, place):
+    return models.model_of(request.param, place)
+
+
+@pytest.fixture
+def llama(place):
+    return models.model_of("llama", place)
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch):
+    # So that a short text passes several.
+    monkeypatch.setattr(_captured, "_LEAST_BUCKET", 16)
+
+
+def captured(model, compile=False):
+    return _captured.block(model, compile, graphs_of(model.device.type))
+
+
+def padded(input_ids):
+    mask = torch.ones_like(input_ids)
+    mask[0, :4] = mask[1, :1] = 0
+    return mask
+
+
+def is_sliding(model):
+    return getattr(model.config, "sliding_window", None) is not None
+
+
+def assert_same(model, input_ids, mask=None, assisted=False, **options):
+    """As with DynamicCache, twice: the second time over memory that the first has left."""
+    expected = generate(model, input_ids, mask=mask, **options)
+    with captured(model) as block:
+        for _ in range(2):
+            assert torch.equal(generate(model, input_ids, mask=mask, **options), expected)
+    if not assisted:
+        assert block.n_replays > 0
+        assert not block.reasons
+    assert "forward" not in model.__dict__
+    return block
+
+
+# ---- generate ---------------------------------------------------------------------
+
+
+def test_greedy(model):
+    block = assert_same(model, prompt(model.device, batch=2), max_new_tokens=60)
+    assert block.n_replays == 2 * 59
+    assert block.n_captures == 4  # lengths up to 16, 32, 64, 128; and none for the second
+
+
+def test_left_padding(model):
+    input_ids = prompt(model.device, batch=3)
+    assert_same(model, input_ids, padded(input_ids), max_new_tokens=60)
+
+
+def test_sampling(model):
+    assert_same(model, prompt(model.device, batch=2), do_sample=True, top_k=20)
+
+
+def test_several_answers(model):
+    assert_same(model, prompt(model.device), do_sample=True, num_return_sequences=3)
+
+
+def test_beam_search(model):
+    input_ids = prompt(model.device, batch=2)
+    assert_same(model, input_ids, num_beams=3)
+    assert_same(model, input_ids, padded(input_ids), num_beams=3)
+
+
+def test_assisted(model):
+    assistant = models.model_of("llama", model.device, seed=1)
+    check = pytest.warns(RuntimeWarning, match="records its past") if is_sliding(model) else quiet()
+    with check:
+        assert_same(model, prompt(model.device), assisted=True, assistant_model=assistant)
+
+
+def test_assisted_by_one_that_is_captured(llama):
+    assistant = models.model_of("llama", llama.device, seed=1)
+    with captured(assistant) as block:
+        assert_same(llama, prompt(llama.device), assisted=True, assistant_model=assistant)
+    assert block.n_replays > 0
+
+
+def test_prompt_lookup(model):
+    input_ids = prompt(model.device, length=6).repeat(1, 4)
+    check = pytest.warns(RuntimeWarning, match="records its past") if is_sliding(model) else quiet()
+    with check:
+        assert_same(model, input_ids, assisted=True, prompt_lookup_num_tokens=4)
+
+
+def test_prefill_in_chunks(model):
+    assert_same(model, prompt(model.device, length=50), prefill_chunk_size=16)
+
+
+def test_processors_criteria_and_a_streamer(llama):
+    class Streamer(transformers.generation.BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, tokens):
+            self.tokens += tokens.flatten().tolist()
+
+        def end(self):
+            self.tokens.append(None)
+
+    def last_is_seven(input_ids, scores):
+        return input_ids[:, -1] == 7
+
+    def no_threes(input_ids, scores):
+        return scores.index_fill(1, torch.tensor([3], device=scores.device), -torch.inf)
+
+    heard = []
+    for block in (None, captured(llama)):
+        streamer = Streamer()
+        with block or quiet():
+            tokens = generate(
+                llama,
+                prompt(llama.device),
+                max_new_tokens=40,
+                streamer=streamer,
+                logits_processor=[no_threes],
+                stopping_criteria=[last_is_seven],
+                repetition_penalty=1.1,
+            )
+        heard.append((tokens.tolist(), streamer.tokens))
+    assert heard[0] == heard[1]
+
+
+def test_scores_and_the_cache_are_returned(model):
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    theirs = generate(model, prompt(model.device), **options)
+    with captured(model):
+        ours = generate(model, prompt(model.device), **options)
+        other = generate(model, prompt(model.device, seed=1))  # must not take ours' memory
+        assert len(other)
+    for a, b in zip(ours.logits + ours.scores, theirs.logits + theirs.scores, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert_same_cache(ours.past_key_values, theirs.past_key_values)
+
+
+def assert_same_cache(ours, theirs):
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(a.keys, b.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a.values, b.values, rtol=1e-4, atol=1e-4)
+        assert a.get_mask_sizes(1) == b.get_mask_sizes(1)
+
+
+def test_views_that_outlive_their_cache(llama):
+    """The next answer must not take memory that someone still sees."""
+    with captured(llama):
+        result = generate(llama, prompt(llama.device), return_dict_in_generate=True)
+        keys = result.past_key_values.layers[0].keys
+        before = keys.clone()
+        del result
+        gc.collect()
+        generate(llama, prompt(llama.device, seed=1))
+    assert torch.equal(keys, before)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "padded"])
+def test_several_turns(model, masked):
+    """A cache of the caller's through several turns, each a prefill over what is there."""
+    answers = []
+    for block in (None, captured(model)):
+        cache = DynamicCache(config=model.config)
+        tokens = prompt(model.device, batch=2)
+        mask = padded(tokens) if masked else torch.ones_like(tokens)
+        with block or quiet():
+            for turn in range(3):
+                answer = generate(model, tokens, cache, mask, max_new_tokens=12)
+                more = prompt(model.device, batch=2, length=5, seed=turn)
+                tokens = torch.cat([answer, more], dim=1)
+                n_more = tokens.shape[1] - mask.shape[1]
+                mask = torch.nn.functional.pad(mask, (0, n_more), value=1)
+        answers.append(tokens)
+    assert torch.equal(*answers)
+
+
+def test_crop_between_turns(llama):
+    answers = []
+    for block in (None, captured(llama)):
+        cache = DynamicCache(config=llama.config)
+        tokens = prompt(llama.device)
+        with block or quiet():
+            for turn in range(3):
+                answer = generate(llama, tokens, cache, max_new_tokens=12)
+                cache.crop(-4)
+                tokens = torch.cat([answer, prompt(llama.device, length=5, seed=turn)], dim=1)
+        answers.append(tokens)
+    assert torch.equal(*answers)
+
+
+def test_a_vmm_cache_of_the_callers(model):
+    expected = generate(model, prompt(model.device, batch=2))
+    with captured(model) as block:
+        for layout in ("seq", "lane"):
+            cache = VMMCache(model.config, layout=layout)
+            assert torch.equal(generate(model, prompt(model.device, batch=2), cache), expected)
+            counts = cache.stats()
+            assert counts["moves"] == counts["intakes"] == counts["concatenations"] == 0
+    assert block.n_replays == 2 * 23
+
+
+def test_padding_in_layout_seq_moves_to_lanes(llama):
+    input_ids = prompt(llama.device, batch=3)
+    mask = padded(input_ids)
+    expected = generate(llama, input_ids, mask=mask)
+    cache = VMMCache(llama.config, layout="seq")
+    with captured(llama) as block:
+        assert torch.equal(generate(llama, input_ids, cache, mask), expected)
+    assert block.n_replays == 23
+    assert {layer.key_tensor.layout for layer in cache.layers} == {"lane"}
+
+
+def test_outgrowing_the_capacity(llama):
+    expected = generate(llama, prompt(llama.device), max_new_tokens=60)
+    cache = VMMCache(llama.config, capacity=13)
+    with captured(llama) as block:
+        assert torch.equal(generate(llama, prompt(llama.device), cache, max_new_tokens=60), expected)
+    assert all(layer.capacity >= 69 for layer in cache.layers)
+    assert block.n_replays > 50
+
+
+def test_another_batch_size(model):
+    with captured(model):
+        for batch in (2, 1, 4, 2):
+            input_ids = prompt(model.device, batch=batch, seed=batch)
+            result = generate(model, input_ids)
+            with torch.no_grad():
+                expected = generate_without(model, input_ids)
+            assert torch.equal(result, expected)
+
+
+def generate_without(model, input_ids):
+    """With the model's own forward, inside a block."""
+    forward = model.__dict__.pop("forward")
+    try:
+        return generate(model, input_ids)
+    finally:
+        model.forward = forward
+
+
+def test_copies_of_the_cache(model):
+    prefix = prompt(model.device, length=30)
+    answers = []
+    for block in (None, captured(model)):
+        cache = DynamicCache(config=model.config)
+        with block or quiet():
+            generate(model, prefix, cache, max_new_tokens=5)
+            tokens = torch.cat([prefix, prompt(model.device, length=8, seed=1)], dim=1)
+            copied = copy.deepcopy(cache)
+            first = generate(model, tokens, copied, max_new_tokens=12)
+            second = generate(model, tokens, pickle.loads(pickle.dumps(cache)), max_new_tokens=12)
+            third = generate(model, tokens, cache, max_new_tokens=12)
+        answers.append(torch.cat([first, second, third]))
+    assert torch.equal(*answers)
+
+
+def test_an_exception_in_the_middle(model):
+    class Stop(Exception):
+        pass
+
+    def fail(input_ids, scores):
+        if input_ids.shape[1] > 15:
+            raise Stop
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    input_ids = prompt(model.device, batch=2)
+    expected = generate(model, input_ids)
+    with captured(model):
+        with pytest.raises(Stop):
+            generate(model, input_ids, stopping_criteria=[fail])
+        assert torch.equal(generate(model, input_ids), expected)
+    with pytest.raises(Stop), captured(model):
+        generate(model, input_ids, stopping_criteria=[fail])
+    assert torch.equal(generate(model, input_ids), expected)
+
+
+def test_threads_over_one_model_and_over_several(place):
+    of_all = [models.model_of(kind, place) for kind in ("llama", "llama", "gemma3")]
+    of_all[1] = of_all[0]
+    prompts = [prompt(place, batch=2, seed=seed) for seed in range(3)]
+    expected = [generate(*pair) for pair in zip(of_all, prompts, strict=True)]
+    results = [[] for _ in of_all]
+
+    def answer(i):
+        with captured(of_all[i]):
+            for _ in range(3):
+                results[i].append(generate(of_all[i], prompts[i]))
+
+    threads = [threading.Thread(target=answer, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for of_thread, right in zip(results, expected, strict=True):
+        assert len(of_thread) == 3
+        assert all(torch.equal(tokens, right) for tokens in of_thread)
+    assert all("forward" not in model.__dict__ for model in of_all)
+
+
+# ---- logits under teacher forcing -------------------------------------------------
+
+
+def forced_logits(model, ids, mask, n_prompt):
+    cache = DynamicCache(config=model.config)
+    bounds = [0, *range(n_prompt, ids.shape[1] + 1)]
+    logits = []
+    with torch.no_grad():
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            given = {} if mask is None else {"attention_mask": mask[:, :end]}
+            positions = None
+            if mask is not None:
+                positions = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, begin:]
+            part = model(
+                ids[:, begin:end], position_ids=positions, past_key_values=cache, **given
+            ).logits
+            logits.append(part[:, -1].float())
+    return torch.stack(logits), cache
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "padded"])
+def test_logits(model, masked):
+    ids = prompt(model.device, batch=3, length=120)
+    mask = padded(ids) if masked else None
+    theirs, their_cache = forced_logits(model, ids, mask, 12)
+    with captured(model) as block:
+        ours, our_cache = forced_logits(model, ids, mask, 12)
+    assert block.n_replays == 108
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
+    if not masked:  # else the rows of padding differ, which nobody reads
+        assert_same_cache(our_cache, their_cache)
+
+
+def test_positions_are_the_lengths_where_none_are_given(llama):
+    ids = prompt(llama.device, length=20)
+    with torch.no_grad(), captured(llama):
+        cache = None
+        for i in range(20):
+            out = llama(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+    with torch.no_grad():
+        expected = llama(ids).logits[:, -1:]
+    torch.testing.assert_close(out.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_that_waits_is_given_up(llama):
+    """What is kept for the next answer is the first to go when memory is short."""
+    device = "host" if llama.device.type == "cpu" else "cuda:0"
+    pool = pyvmm.Pool(device, block_size="2MiB", max_bytes="200MiB")
+    adapter.install(pool=pool, layout="seq")
+    try:
+        with captured(llama):
+            expected = generate(llama, prompt(llama.device))
+            assert pool.stats()["in_use_bytes"] > 0
+            rest = pyvmm.empty((0, 1 << 20), "uint8", capacity=200, device=device, pool=pool)
+            rest.map(198)
+            rest.close()
+            assert torch.equal(generate(llama, prompt(llama.device)), expected)
+    finally:
+        adapter.uninstall()
+
+
+# ---- what runs eagerly ------------------------------------------------------------
+
+
+def reasons_of(model, input_ids, **options):
+    expected = generate(model, input_ids, **options)
+    with pytest.warns(RuntimeWarning, match="steps run eagerly") as said, captured(model) as block:
+        result = generate(model, input_ids, **options)
+        assert torch.equal(result, expected)
+    assert len([w for w in said if "run eagerly" in str(w.message)]) == len(block.reasons) == 1
+    assert block.n_replays == 0
+    return block.reasons.pop()
+
+
+def test_outputs_of_layers(llama):
+    input_ids = prompt(llama.device)
+    options = {"return_dict_in_generate": True, "output_hidden_states": True}
+    with pytest.warns(RuntimeWarning, match="output_hidden_states"), captured(llama):
+        result = generate(llama, input_ids, **options)
+    assert len(result.hidden_states) == 24
+    # transformers leaves idle hooks behind, which are no reason.
+    assert_same(llama, input_ids)
+
+
+def test_hooks(llama):
+    seen = []
+    handle = llama.model.layers[1].register_forward_hook(lambda *args: seen.append(1))
+    assert "hooks" in reasons_of(llama, prompt(llama.device))
+    assert len(seen) == 2 * 24
+    handle.remove()
+    # A hook of the model itself runs around a replay.
+    handle = llama.register_forward_hook(lambda *args: seen.append(2))
+    assert_same(llama, prompt(llama.device))
+    assert seen.count(2) == 3 * 24
+    handle.remove()
+
+
+def test_masks_with_holes(llama):
+    input_ids = prompt(llama.device, batch=2)
+    mask = torch.ones_like(input_ids)
+    mask[1, 3] = 0
+    assert "padding on the left" in reasons_of(llama, input_ids, mask=mask)
+
+
+def test_gradients(llama):
+    ids = prompt(llama.device)
+    with captured(llama), pytest.warns(RuntimeWarning, match="gradients"):
+        cache = llama(ids, use_cache=True).past_key_values
+        out = llama(ids[:, :1], past_key_values=cache)
+    out.logits.sum().backward()
+    assert llama.lm_head.weight.grad is not None
+
+
+def test_other_caches(llama):
+    cache = transformers.StaticCache(config=llama.config, max_cache_len=64)
+    expected = generate(llama, prompt(llama.device))
+    with pytest.warns(RuntimeWarning, match="StaticCache"), captured(llama) as block:
+        assert torch.equal(generate(llama, prompt(llama.device), cache), expected)
+    assert block.n_replays == 0
+
+
+def test_another_model(place):
+    config = transformers.GPTNeoXConfig(
+        vocab_size=models.VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(place).eval()
+    assert "GPTNeoXForCausalLM" in reasons_of(model, prompt(place))
+
+
+def test_a_step_that_cannot_be_captured(place, monkeypatch):
+    """An operation that fails, or synchronises: said by name, and the text is the same."""
+    model = models.model_of("llama", place)
+    is_first = []
+
+    def attend(*args, **kwargs):
+        is_first.append(1)
+        if place == "cuda":
+            return args[1].cpu()
+        raise RuntimeError("an operation that a capture prohibits")
+
+    monkeypatch.setattr(_captured._attention, "merge", attend)
+    assert "cannot be captured" in reasons_of(model, prompt(place))
+    assert len(is_first) == 1
+
+
+def test_the_cpu_is_told_once():
+    model = models.model_of("mistral", "cpu")
+    expected = generate(model, prompt("cpu"))
+    with pytest.warns(RuntimeWarning, match="CUDA devices") as said, adapter.captured(model):
+        for _ in range(2):
+            assert torch.equal(generate(model, prompt("cpu")), expected)
+    assert len(said) == 1
+
+
+def test_blocks_of_another_kind(llama):
+    with captured(llama), pytest.raises(ValueError, match="compile=False"):  # noqa: SIM117
+        with captured(llama, compile=True):
+            pass
+    assert "forward" not in llama.__dict__
+
+
+@pytest.mark.frameworks
+def test_compiled(model):
+    expected = generate(model, prompt(model.device, batch=2), max_new_tokens=40)
+    with captured(model, compile=True) as block:
+        result = generate(model, prompt(model.device, batch=2), max_new_tokens=40)
+    assert torch.equal(result, expected)
+    assert block.n_replays == 39
+    assert not block.reasons
+
+
+# ---- capture() --------------------------------------------------------------------
+
+
+class Loop:
+    """One layer of attention, by hand."""
+
+    def __init__(self, place, layout):
+        torch.manual_seed(0)
+        device = "host" if place == "cpu" else "cuda:0"
+        self.k, self.v = (
+            pyvmm.empty((2, 2, 0, 8), axis=2, capacity=4096, device=device, layout=layout)
+            for _ in range(2)
+        )
+        self.weights = [torch.randn(16, 16, device=place) / 4 for _ in range(3)]
+        self.lengths = torch.from_dlpack(self.k.cursor)
+        self.whole = [torch.from_dlpack(t.reserved()) for t in (self.k, self.v)]
+
+    def decode(self, x):  # (2, 16) to (2, 16)
+        q, k, v = (torch.tanh(x @ w).view(2, 2, 1, 8) for w in self.weights)
+        first = torch.zeros_like(self.lengths)
+        plan = _attention.plan(self.lengths, first, None, 2)
+        pyvmm.append_many([self.k, self.v], [k, v])
+        reads = _attention.Reads(*plan, 1024, self.whole[0], self.k.layout)
+        prepared = _attention.Plain.prepare(reads)
+        parts, lse = _attention.Plain.attend(q, *self.whole, reads, prepared, 0.3)
+        return _attention.merge(parts, lse).reshape(2, 16)
+
+
+@pytest.mark.parametrize("layout", ["seq", "lane"])
+def test_a_loop_of_ones_own(place, layout):
+    eager, ours = Loop(place, layout), Loop(place, layout)
+    step = pyvmm.torch._capture(ours.decode, [ours.k, ours.v], graphs_of(place))
+    x = y = torch.randn(2, 16, device=place)
+    for _ in range(300):
+        x, y = eager.decode(x), step(y).clone()
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    assert step.n_captures == 1
+    assert ours.k.length == ours.v.length == 300
+    eager.k.truncate(100), eager.v.truncate(100)
+    ours.k.truncate(100), ours.v.truncate(100)
+    for _ in range(30):
+        x, y = eager.decode(x), step(y).clone()
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    assert ours.k.length == 130
+
+
+def test_rows_past_the_length_are_finite(place):
+    loop = Loop(place, "seq")
+    loop.k.append(torch.full((2, 2, 1000, 8), torch.nan, device=place))
+    loop.k.truncate(0)
+    loop.k.trim()
+    step = pyvmm.torch._capture(loop.decode, [loop.k, loop.v], graphs_of(place))
+    for i in range(260):
+        step(torch.randn(2, 16, device=place))
+        for whole in loop.whole:
+            assert torch.isfinite(whole[:, :, : (i + 256) // 256 * 256 + 256]).all()
+
+
+def test_capacity_ends_a_loop_and_loses_nothing(place):
+    device = "host" if place == "cpu" else "cuda:0"
+    t = pyvmm.empty((0, 4), capacity=5, device=device)
+    step = pyvmm.torch._capture(lambda x: t.append(x) or x + 1, t, graphs_of(place))
+    x = torch.zeros(1, 4, device=place)
+    for _ in range(5):
+        x = step(x).clone()
+    with pytest.raises(pyvmm.CapacityError):
+        step(x)
+    rows = torch.from_dlpack(t).cpu()
+    assert torch.equal(rows[:, 0], torch.arange(5.0))
+    assert t.length == 5
+
+
+def test_other_shapes_are_captured_anew(place):
+    device = "host" if place == "cpu" else "cuda:0"
+    t = pyvmm.empty((0, 4), capacity=1000, device=device)
+    step = pyvmm.torch._capture(lambda x: t.append(x) or x.sum(), t, graphs_of(place))
+    for n in (1, 3, 1, 3):
+        total = step(torch.ones(n, 4, device=place))
+        assert total.item() == 4 * n
+    assert t.length == 8
+    assert step.n_captures == 2
+
+
+def test_what_capture_refuses():
+    with pytest.raises(TypeError, match="lists no VTensors"):
+        pyvmm.torch.capture(lambda: None, 3)
+    with pytest.raises(ValueError, match="lists no VTensors"):
+        pyvmm.torch.capture(lambda: None, [])
+
+
+def test_capture_on_the_cpu_calls_the_function():
+    t = pyvmm.empty((0, 4), capacity=10, device="host")
+    with pytest.warns(RuntimeWarning, match="host"):
+        step = pyvmm.torch.capture(t.append, t)
+    step(torch.ones(2, 4))
+    assert t.length == 2
+
+
+# ---- attention --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("n_chunks", [1, 2, 4, 8])
+def test_chunks_against_sdpa(window, n_chunks):
+    """Lengths as data, memory past them that must not be read, empty chunks."""
+    torch.manual_seed(0)
+    batch, heads, kv_heads, dim, capacity = 3, 4, 2, 16, 64
+    keys, values = (torch.randn(batch, kv_heads, capacity, dim) for _ in range(2))
+    query = torch.randn(batch, heads, 1, dim)
+    keys[:, :, 21:] = values[:, :, 21:] = torch.nan
+    first = torch.tensor([0, 3, 19], dtype=torch.int32)
+    cursor = torch.full((3,), 20, dtype=torch.int32)
+    plan = _attention.plan(cursor, first, window, n_chunks)
+    reads = _attention.Reads(*plan, -(-32 // n_chunks), keys, "lane")
+    prepared = _attention.Plain.prepare(reads)
+    parts, lse = _attention.Plain.attend(query, keys, values, reads, prepared, 0.25)
+    out = _attention.merge(parts, lse)
+    for b in range(batch):
+        begin = max(first[b].item(), 21 - window if window else 0)
+        k, v = (x[b, :, begin:21].repeat_interleave(2, 0) for x in (keys, values))
+        expected = torch.nn.functional.scaled_dot_product_attention(query[b], k, v, scale=0.25)
+        torch.testing.assert_close(out[b], expected[:, 0])
+
+
+@pytest.fixture
+def cuda():
+    models.skip_place("cuda")
+    return torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("layout", ["seq", "lane"])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("n_chunks", [1, 8])
+def test_flash_attention_against_plain(cuda, dim, layout, kv_heads, window, n_chunks):
+    """torch's operator over reservations that are mapped for a part, at every kind of length."""
+    torch.manual_seed(0)
+    batch, heads, most = 3, 8, 2048
+    pair = KVPair.reserve(
+        *[torch.empty(batch, kv_heads, 0, dim, dtype=torch.bfloat16, device=cuda)] * 2,
+        65536,
+        layout,
+        None,
+    )
+    for length in (1, 7, 63, 64, 65, 255, 1023, 1500):
+        new = torch.randn(
+            2, batch, kv_heads, length - pair.length, dim, dtype=torch.bfloat16, device=cuda
+        )
+        pair.append(*new)
+        query = torch.randn(batch, heads, 1, dim, dtype=torch.bfloat16, device=cuda)
+        pads = [0] if layout == "seq" else [0, min(5, length - 1), length - 1]
+        first = torch.tensor(pads, dtype=torch.int32, device=cuda)
+        cursor = torch.full_like(first, length - 1)
+        plan = _attention.plan(cursor, first, window, n_chunks)
+        whole = pair.reserved
+        reads = _attention.Reads(*plan, -(-most // n_chunks), whole[0], layout)
+        results = [
+            _attention.merge(
+                *backend.attend(query, *whole, reads, backend.prepare(reads), dim**-0.5)
+            ).float()
+            for backend in (_attention.Varlen, _attention.Plain)
+        ]
+        torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("kind", [*MODELS, "llama-mha"])
+def test_logits_in_bfloat16(cuda, kind, masked):
+    """What users run: flash attention under capture, against DynamicCache within what bfloat16
+    gives, through growths of every tensor."""
+    config = models.config_of(kind.removesuffix("-mha"))
+    config.hidden_size, config.head_dim = 256, 64
+    config.max_position_embeddings = 4096
+    config.initializer_range = 0.1
+    if kind == "llama-mha":
+        config.num_key_value_heads = config.num_attention_heads
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to(cuda).eval()
+    ids = prompt(cuda, batch=48, length=700)
+    mask = padded(ids) if masked else None
+    theirs, _ = forced_logits(model, ids, mask, 40)
+    with captured(model) as block:
+        ours, cache = forced_logits(model, ids, mask, 40)
+    assert block.n_replays == 660
+    assert not block.reasons
+    full = [layer for layer in cache.layers if layer.window is None]
+    assert all(layer.key_tensor.stats()["block_count"] > 1 for layer in full)
+    size = theirs.abs().max().item()
+    assert (ours - theirs).abs().max().item() < 3e-2 * size
+
+
+def test_an_empty_chunk_says_inf_in_flash_attention():
+    parts = torch.stack([torch.ones(1, 4, 8), torch.full((1, 4, 8), 7.0)], dim=1)
+    lse = torch.zeros(1, 4, 2)
+    lse[:, :, 1] = torch.inf
+    assert torch.equal(_attention.merge(parts, lse), torch.ones(1, 4, 8))
+
+
+def case(**changes):
+    of_llama = {
+        "device": torch.device("cuda:0"),
+        "dtype": torch.bfloat16,
+        "batch": 8,
+        "heads": 32,
+        "kv_heads": 8,
+        "dim": 128,
+        "layout": "lane",
+        "is_cut": False,
+        "lane_rows": 131_072,
+    }
+    return _attention.Case(**{**of_llama, **changes})
+
+
+def test_backends_in_order(monkeypatch):
+    installed = {"flash_attn", "flashinfer.decode"}
+    monkeypatch.setattr(_attention, "_function", lambda module, name: module in installed or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert _attention.choose(case()) is _attention.FlashAttn
+    installed.remove("flash_attn")
+    assert _attention.choose(case()) is _attention.FlashInfer
+    assert _attention.choose(case(is_cut=True)) is _attention.Varlen
+    assert _attention.choose(case(layout="seq")) is _attention.Varlen
+    installed.clear()
+    assert _attention.choose(case()) is _attention.Varlen
+    assert _attention.choose(case(lane_rows=0)) is _attention.Plain
+    assert _attention.choose(case(layout="seq", lane_rows=0)) is _attention.Varlen
+    assert _attention.choose(case(dtype=torch.float32)) is _attention.Plain
+    assert _attention.choose(case(dim=320)) is _attention.Plain
+    assert _attention.choose(case(device=torch.device("cpu"))) is _attention.Plain
+
+
+def test_chunks_fill_the_gpu():
+    for batch, heads, kv_heads, expected in [(1, 32, 32, 8), (2, 32, 32, 4), (8, 32, 32, 1), (1, 32, 8, 1)]:
+        of = case(batch=batch, heads=heads, kv_heads=kv_heads)
+        assert _attention.chunks_for(_attention.Varlen, of, 132) == expected
+    assert _attention.chunks_for(_attention.FlashAttn, case(kv_heads=32), 132) == 1
