@@ -3,6 +3,7 @@
  * 12). What a test waits for has a deadline, far off: none asserts a time. */
 #include "check.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <unistd.h>
@@ -89,6 +90,53 @@ static void test_off_and_on(const fixture *f) {
     model_close(&m);
     CHECK_OK(vmm_pool_close(own.pool));
 }
+
+/* Trim takes what lies ahead of the tensor, too. */
+static void test_trim(const fixture *f) {
+    fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+    vmm_spec spec = make_spec(64);
+    model m = model_open(&own, &spec);
+
+    model_append(&m, VMM_UINT8, rows, VMM_MEMORY_HOST, NULL);
+    await_ahead(&own, granule, AHEAD_BLOCKS * granule);
+    CHECK_OK(vmm_trim(m.tensor));
+    CHECK_SIZE(pool_stats(own.pool).in_use_bytes, granule);
+    CHECK_OK(vmm_map(m.tensor, 4 * rows));
+    model_check(&m);
+    model_close(&m);
+    CHECK_OK(vmm_pool_close(own.pool));
+}
+
+#ifdef __SANITIZE_THREAD__ /* which has a pthread_create() of its own */
+static void test_no_thread(const fixture *f) {
+    (void)f;
+}
+#else
+static bool has_no_threads;
+
+int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*start)(void *),
+                   void *argument) {
+    static int (*next)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+
+    if (!next)
+        *(void **)&next = dlsym(RTLD_NEXT, "pthread_create");
+    return has_no_threads ? EAGAIN : next(thread, attributes, start, argument);
+}
+
+/* The system has no thread for it: that is said, and nothing has changed. */
+static void test_no_thread(const fixture *f) {
+    fixture own = with_pool(f, 0, 0);
+
+    has_no_threads = true;
+    CHECK_STATUS(vmm_pool_set_lookahead(own.pool, MIB), VMM_ERR_OUT_OF_MEMORY);
+    has_no_threads = false;
+    CHECK_SIZE(vmm_pool_lookahead(own.pool), 0);
+    CHECK_OK(vmm_pool_set_lookahead(own.pool, MIB));
+    CHECK_OK(vmm_pool_close(own.pool));
+    CHECK_STATUS(vmm_pool_set_lookahead(NULL, MIB), VMM_ERR_INVALID);
+    CHECK_SIZE(vmm_pool_lookahead(NULL), 0);
+}
+#endif
 
 /* A tensor that does not grow any more gives back what lies ahead of it. */
 static void test_idle(const fixture *f) {
@@ -191,6 +239,24 @@ static void test_refused(const fixture *f) {
         model_close(&m);
         CHECK_OK(vmm_pool_close(own.pool));
     }
+}
+
+/* The driver does not take everything back at close: the pool is there, and look-ahead on. */
+static void test_refused_close(const fixture *f) {
+    __typeof__(vmm_sim_fail) *fail;
+    fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+    vmm_spec spec = make_spec(64);
+    model m = model_open(&own, &spec);
+
+    *(void **)&fail = dlsym(cuda_library(), "vmm_sim_fail");
+    model_append(&m, VMM_UINT8, rows, VMM_MEMORY_HOST, NULL);
+    model_close(&m);
+    if (fail) {
+        CHECK(fail("cuMemUnmap", 1, UNKNOWN, 1) == 0);
+        CHECK_STATUS(vmm_pool_close(own.pool), VMM_ERR_DRIVER);
+        CHECK_SIZE(vmm_pool_lookahead(own.pool), AHEAD_BLOCKS * granule);
+    }
+    CHECK_OK(vmm_pool_close(own.pool));
 }
 
 /* A launch fails over blocks that were mapped ahead: they are ahead again. */
@@ -418,11 +484,14 @@ int main(int argc, char **argv) {
         cuda();
     test_growth_finds_blocks(&f);
     test_off_and_on(&f);
+    test_trim(&f);
+    test_no_thread(&f);
     test_lanes(&f);
     test_budget(&f);
     test_undo(&f);
     if (f.is_gpu) {
         test_refused(&f);
+        test_refused_close(&f);
         test_capture(&f);
     }
     test_threads(&f);
