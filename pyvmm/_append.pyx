@@ -8,15 +8,19 @@ from cpython.ref cimport PyObject
 from pyvmm._core cimport TensorCore
 from pyvmm._dlpack cimport Region
 from pyvmm._error cimport check, check_after_callbacks
+from pyvmm._lanes cimport Lanes, close_lanes, read_lanes
 from pyvmm._libvmm cimport (
     VMM_OK,
     VMM_STREAM_LEGACY,
     vmm_append,
+    vmm_append_lanes,
     vmm_append_many,
     vmm_array,
     vmm_device,
+    vmm_is_ragged,
     vmm_last_stream,
     vmm_length,
+    vmm_length_count,
     vmm_mapped,
     vmm_pin,
     vmm_pin_shown,
@@ -46,38 +50,62 @@ cdef struct _Append:
 
 cdef int append_one(TensorCore tensor, object x, object stream) except -1:
     """VTensor.append()."""
-    return _append_any(tensor, x, NULL, stream, -1)
+    return _append_any(tensor, x, NULL, stream, -1, NULL)
+
+
+cdef int append_to_lanes(TensorCore tensor, object x, object stream, object lanes,
+                         object counts) except -1:
+    """VTensor.append(lanes=, counts=)."""
+    cdef Lanes named
+    _read_lanes(tensor, lanes, counts, &named)
+    try:
+        return _append_any(tensor, x, NULL, stream, -1, &named)
+    finally:
+        close_lanes(&named)
+
+
+cdef int _read_lanes(TensorCore first, object lanes, object counts, Lanes *out) except -1:
+    first.live("append")
+    read_lanes(lanes, counts, out)
+    if lanes is None and counts is None:
+        out.n = vmm_length_count(first.handle)
+    return 0
 
 
 cdef int append_at(TensorCore tensor, object x, const Source *seen, Py_ssize_t n_rows) except -1:
-    return _append_any(tensor, x, seen, None, n_rows)
+    return _append_any(tensor, x, seen, None, n_rows, NULL)
 
 
 cdef int _append_any(TensorCore tensor, object x, const Source *seen, object stream,
-                     Py_ssize_t n_rows) except -1:
+                     Py_ssize_t n_rows, const Lanes *lanes) except -1:
     cdef _Append append
     cdef vmm_array array
     cdef vmm_tensor *handle
     append.tensor = <PyObject *>tensor
     append.x = <PyObject *>x
     append.seen = seen
-    return _append_all(1, &append, &array, &handle, stream, n_rows)
+    return _append_all(1, &append, &array, &handle, stream, n_rows, lanes)
 
 
-def append_many(tensors, sources, stream=None):
+def append_many(tensors, sources, stream=None, *, lanes=None, counts=None):
     """Append sources[i] to tensors[i], to all or to none of them.
 
     tensors: VTensors of one device, each at most once
     sources: as many arrays, see VTensor.append()
     stream:  where the copies run, see VTensor.append()
+    lanes, counts: see VTensor.append(); the same for all tensors
 
-    On a GPU, sources in its memory are copied by one kernel launch for up to 32 tensors.
+    On a GPU, sources in its memory are copied by one kernel launch: for up to 160 tensors, or
+    lanes of them, where all copies are dense or alike, as with the layers of a model; for up to
+    32 otherwise.
     Raises what VTensor.append() does; then no tensor has changed."""
     if not isinstance(tensors, (list, tuple)) or not isinstance(sources, (list, tuple)):
         raise TypeError("append_many takes a list of tensors and a list of sources")
     # Tuples of our own: the caller's lists may change while other threads run.
     cdef tuple targets = tuple(tensors), given = tuple(sources)
     cdef Py_ssize_t i, n = len(targets)
+    cdef Lanes named
+    cdef bint in_lanes = lanes is not None or counts is not None
     if n != len(given):
         raise ValueError(f"{n} tensors and {len(given)} sources")
     if n == 0:
@@ -90,6 +118,8 @@ def append_many(tensors, sources, stream=None):
     cdef _Append *appends = two_appends
     cdef vmm_array *arrays = two_arrays
     cdef vmm_tensor **handles = two_handles
+    if in_lanes:
+        _read_lanes(<TensorCore>targets[0], lanes, counts, &named)
     try:
         if n > 2:
             appends = <_Append *>PyMem_Malloc(n * sizeof(_Append))
@@ -101,8 +131,10 @@ def append_many(tensors, sources, stream=None):
             appends[i].tensor = <PyObject *>targets[i]
             appends[i].x = <PyObject *>given[i]
             appends[i].seen = NULL
-        _append_all(n, appends, arrays, handles, stream, -1)
+        _append_all(n, appends, arrays, handles, stream, -1, &named if in_lanes else NULL)
     finally:
+        if in_lanes:
+            close_lanes(&named)
         if n > 2:
             PyMem_Free(appends)
             PyMem_Free(arrays)
@@ -128,7 +160,7 @@ cdef int _check_tensors(tuple tensors) except -1:
 
 
 cdef int _append_all(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tensor **handles,
-                     object stream, Py_ssize_t n_rows) except -1:
+                     object stream, Py_ssize_t n_rows, const Lanes *lanes) except -1:
     """Append to n tensors of one device. `arrays` and `handles` are room for n of each. With
     `n_rows` of 0 or more see append_at()."""
     cdef TensorCore first = <TensorCore>appends[0].tensor
@@ -155,8 +187,8 @@ cdef int _append_all(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tens
             if _is_foreign(&appends[i].source, chosen):
                 foreign = True
         if foreign:
-            _wait_for_producers(n, appends, chosen)
-        if _copy(n, appends, arrays, handles, chosen, n_rows):
+            _wait_for_producers(n, appends, chosen, lanes == NULL)
+        if _copy(n, appends, arrays, handles, chosen, n_rows, lanes):
             return 1
         if not first.on_host:
             _after_copy(n, appends, chosen, stream is None)
@@ -217,7 +249,8 @@ cdef bint _is_foreign(const Source *source, vmm_stream stream) noexcept:
     return source.producer != NULL and source.producer != stream
 
 
-cdef int _wait_for_producers(Py_ssize_t n, _Append *appends, vmm_stream stream) except -1:
+cdef int _wait_for_producers(Py_ssize_t n, _Append *appends, vmm_stream stream,
+                             bint are_whole) except -1:
     """Order what the producers' streams have been given before the copy on `stream`."""
     cdef Pool pool = (<TensorCore>appends[0].tensor).pool_
     cdef vmm_device *device = pool.opened
@@ -225,7 +258,7 @@ cdef int _wait_for_producers(Py_ssize_t n, _Append *appends, vmm_stream stream) 
     cdef vmm_stream producer
     cdef vmm_status status
     cdef Py_ssize_t i
-    for i in range(n):
+    for i in range(n if are_whole else 0):
         check_shape(&appends[i].source, &(<TensorCore>appends[i].tensor).target)
     for i in range(n):
         producer = appends[i].source.producer
@@ -243,7 +276,7 @@ cdef int _wait_for_producers(Py_ssize_t n, _Append *appends, vmm_stream stream) 
 
 
 cdef int _copy(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tensor **handles,
-               vmm_stream stream, Py_ssize_t n_rows) except -1:
+               vmm_stream stream, Py_ssize_t n_rows, const Lanes *lanes) except -1:
     cdef unsigned long me = PyThread_get_thread_ident()
     cdef TensorCore tensor
     cdef vmm_status status
@@ -251,14 +284,21 @@ cdef int _copy(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tensor **h
     while i < n:
         # All at once, or two threads could wait for each other's tensors.
         i = i + 1 if (<TensorCore>appends[i].tensor).available("append") else 0
-    if n_rows >= 0 and <Py_ssize_t>vmm_length((<TensorCore>appends[0].tensor).handle) != n_rows:
+    tensor = <TensorCore>appends[0].tensor
+    if n_rows >= 0 and (
+        <Py_ssize_t>vmm_length(tensor.handle) != n_rows or vmm_is_ragged(tensor.handle)
+    ):
         return 1
     for i in range(n):
         tensor = <TensorCore>appends[i].tensor
         tensor.take(me)
         handles[i] = tensor.handle
         n_bytes += _bytes_if_short(tensor, &appends[i].source)
-    if n_bytes <= SHORT_COPY_BYTES:
+    if lanes != NULL:
+        with nogil:
+            status = vmm_append_lanes(n, handles, arrays, lanes.n, lanes.lanes, lanes.counts,
+                                      stream)
+    elif n_bytes <= SHORT_COPY_BYTES:
         # Neither the driver nor a lock of the pool has a part in it.
         status = vmm_append_many(n, handles, arrays, stream)
     else:

@@ -47,11 +47,13 @@ cdef class TensorCore:
     cdef void hold(self, vmm_tensor *handle, Pool pool) noexcept
     cdef int live(self, str operation) except -1
     cdef bint available(self, str operation) except -1
+    cdef int wait_for_others(self, str operation) except -1
     cdef vmm_tensor *enter(self, str operation) except NULL
     cdef void take(self, unsigned long thread) noexcept
     cdef void leave(self) noexcept
     cdef tuple shape_of(self, Py_ssize_t n_rows)
     cdef int region_of(self, Py_ssize_t start, Py_ssize_t stop, Region *out) except -1
+    cdef void mark_stale(self, Py_ssize_t n_rows) noexcept
     cdef vmm_pin *pin(self, Py_ssize_t n_rows) except NULL
     cdef int handoff(self, vmm_stream stream) except -1
 

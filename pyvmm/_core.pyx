@@ -107,6 +107,14 @@ cdef class TensorCore:
         PyErr_CheckSignals()
         return False
 
+    cdef int wait_for_others(self, str operation) except -1:
+        """Until no other thread is inside a call: to read what calls change."""
+        self.live(operation)
+        if self.owner_of_all[0] != PyThread_get_thread_ident():
+            while not self.available(operation):
+                pass
+        return 0
+
     cdef vmm_tensor *enter(self, str operation) except NULL:
         """Shut other threads out, wait for one that is inside; then leave()."""
         while not self.available(operation):
@@ -146,6 +154,13 @@ cdef class TensorCore:
         memcpy(out.strides, self.byte_strides, out.ndim * sizeof(int64_t))
         out.shape[self.target.axis] = stop - start
         return 0
+
+    cdef void mark_stale(self, Py_ssize_t n_rows) noexcept:
+        """Rows from here on have been truncated away: views that show one are none any more."""
+        cdef Link *link = self.views
+        while link != NULL:
+            link.stale = link.stale or link.stop > n_rows
+            link = link.next
 
     cdef vmm_pin *pin(self, Py_ssize_t n_rows) except NULL:
         cdef vmm_pin *pin

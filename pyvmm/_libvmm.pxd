@@ -130,6 +130,9 @@ cdef extern from "vmm.h" nogil:
     size_t vmm_lane_bytes(const vmm_tensor *tensor)
     size_t vmm_length(const vmm_tensor *tensor)
     size_t vmm_mapped(const vmm_tensor *tensor)
+    size_t vmm_length_count(const vmm_tensor *tensor)
+    const size_t *vmm_lengths(vmm_tensor *tensor)
+    int vmm_is_ragged(const vmm_tensor *tensor)
     vmm_device *vmm_device_of(const vmm_tensor *tensor)
     vmm_pool *vmm_pool_of(const vmm_tensor *tensor)
     const vmm_spec *vmm_spec_of(const vmm_tensor *tensor)
@@ -156,7 +159,12 @@ cdef extern from "vmm.h" nogil:
     vmm_status vmm_append(vmm_tensor *tensor, const vmm_array *source, vmm_stream stream)
     vmm_status vmm_append_many(size_t n_tensors, vmm_tensor **tensors, const vmm_array *sources,
                                vmm_stream stream)
+    vmm_status vmm_append_lanes(size_t n_tensors, vmm_tensor **tensors, const vmm_array *sources,
+                                size_t n_lanes, const size_t *lanes, const size_t *counts,
+                                vmm_stream stream)
     vmm_status vmm_truncate(vmm_tensor *tensor, size_t n_rows, vmm_stream stream)
+    vmm_status vmm_truncate_lanes(vmm_tensor *tensor, size_t n_lanes, const size_t *lanes,
+                                  const size_t *n_rows, vmm_stream stream)
     vmm_status vmm_trim(vmm_tensor *tensor)
     vmm_status vmm_fork(vmm_tensor *tensor, size_t n_rows, vmm_tensor **out)
 

@@ -6,18 +6,18 @@ from operator import index
 cimport cython
 from cpython.buffer cimport Py_buffer
 from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
-from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.slice cimport PySlice_AdjustIndices, PySlice_Check, PySlice_Unpack
 from libc.stdint cimport int64_t
 
-from pyvmm._append cimport append_one
+from pyvmm._append cimport append_one, append_to_lanes
 from pyvmm._buffer cimport release_buffer
-from pyvmm._core cimport Link, TensorCore, no_copies
+from pyvmm._core cimport TensorCore, no_copies
 from pyvmm._cursor cimport cursor_of
 from pyvmm._device cimport canonical_name
 from pyvmm._dlpack cimport DL_CPU
 from pyvmm._error cimport check, check_after_callbacks, raise_status
 from pyvmm._export cimport dlpack_device, interface_of, to_buffer, to_dlpack, to_numpy
+from pyvmm._lanes cimport lengths_of, truncate_lanes
 from pyvmm._libvmm cimport (
     VMM_ERR_CAPACITY,
     VMM_LAYOUT_C,
@@ -32,6 +32,7 @@ from pyvmm._libvmm cimport (
     vmm_fork,
     vmm_grow,
     vmm_has_cursor,
+    vmm_is_ragged,
     vmm_layout,
     vmm_length,
     vmm_map,
@@ -251,9 +252,23 @@ cdef class VTensor(TensorCore):
 
     @property
     def length(self):
-        """Rows in use."""
+        """Rows in use; of a ragged tensor, the largest of lengths."""
         self.live("length")
         return vmm_length(self.handle)
+
+    @property
+    def lengths(self):
+        """Rows in use in each lane, a tuple: one for each index of dimension 0 in layout "lane",
+        and in "c" where the axis is not 0; of any other tensor one. They differ after append()
+        or truncate() with lanes. Rows of a lane past its own length hold undefined bytes, also
+        where they are shown because another lane is longer."""
+        return lengths_of(self)
+
+    @property
+    def ragged(self):
+        """Whether the lanes differ in length."""
+        self.live("ragged")
+        return bool(vmm_is_ragged(self.handle))
 
     @property
     def capacity(self):
@@ -306,10 +321,7 @@ cdef class VTensor(TensorCore):
         driver_calls (made by calls on this tensor, a dict by name).
         Raises VMMError when closed."""
         cdef vmm_tensor_stats stats
-        self.live("stats")
-        if self.owner_of_all[0] != PyThread_get_thread_ident():
-            while not self.available("stats"):
-                pass
+        self.wait_for_others("stats")
         check(vmm_stats(self.handle, &stats))
         return {
             "reserved_bytes": stats.reserved_bytes,
@@ -323,15 +335,20 @@ cdef class VTensor(TensorCore):
     def __repr__(self):
         if self.handle == NULL:
             return f"<pyvmm.VTensor {self.dtype_} on {self.device}, closed>"
+        length = f"length {self.length}"
+        if vmm_is_ragged(self.handle):
+            lengths = self.lengths
+            length = (f"lengths {', '.join(map(str, lengths))}" if len(lengths) <= 8 else
+                      f"lengths {min(lengths)} to {max(lengths)} in {len(lengths)} lanes")
         return (
             f"<pyvmm.VTensor {self.shape} {self.dtype_} on {self.device}, layout "
-            f"{self.layout_!r}, axis {self.axis}: length {self.length}, mapped {self.mapped}, "
+            f"{self.layout_!r}, axis {self.axis}: {length}, mapped {self.mapped}, "
             f"capacity {self.capacity_}>"
         )
 
     # -- growing and shrinking
 
-    def append(self, x, stream=None):
+    def append(self, x, stream=None, *, lanes=None, counts=None):
         """Grow by the rows of x and copy them in. Elements are never converted.
 
         x:      an array of this tensor's dtype and, but for the growth axis, shape, with any
@@ -344,20 +361,28 @@ cdef class VTensor(TensorCore):
                 waits for the producer, and x is kept alive until it has been read. It must
                 live as long as the tensor.
 
+        lanes:  the lanes to append to, a sequence of integers, each a different index of
+                dimension 0: index i of x goes to lane lanes[i], behind what that has. None
+                is all of them. See lengths; a tensor with one length has lane 0.
+        counts: how many rows of each index of x are taken, from the first on; None is all
+
         A source in host memory has been read when append returns.
         Raises TypeError (no array, another dtype), ValueError (another shape or device, a last
-        dimension that is not dense), CapacityError, OutOfMemoryError, VMMError; then the
-        tensor is as before."""
+        dimension that is not dense, lanes that are none or are named twice), CapacityError,
+        OutOfMemoryError, VMMError; then the tensor is as before."""
         self.live("append")
-        append_one(self, x, stream)
+        if lanes is None and counts is None:
+            append_one(self, x, stream)
+        else:
+            append_to_lanes(self, x, stream, lanes, counts)
 
     def grow(self, n):
         """Take the next n rows into use and return the View of them, to be written by a kernel
         or through out=. They hold undefined bytes, or zero for a tensor made with zero=True.
 
         Within mapped rows it costs nothing.
-        Raises ValueError (negative), CapacityError, OutOfMemoryError, VMMError; then the
-        tensor is as before."""
+        Raises ValueError (negative; lanes of different lengths), CapacityError,
+        OutOfMemoryError, VMMError; then the tensor is as before."""
         cdef Py_ssize_t n_rows = _rows(n, "n")
         cdef vmm_tensor *handle = self.handle
         cdef Py_ssize_t start
@@ -418,30 +443,34 @@ cdef class VTensor(TensorCore):
         self.leave()
         check_after_callbacks(status)
 
-    def truncate(self, n, stream=None):
-        """Make the length n, giving up the rows beyond. Memory stays mapped: trim() returns it.
-        Views that end beyond n can be exported no more.
+    def truncate(self, n, stream=None, *, lanes=None):
+        """Make the length n, giving up the rows beyond; of a ragged tensor, that of each lane
+        that is longer. Memory stays mapped: trim() returns it. Views that end beyond n can be
+        exported no more.
 
         stream: the next append waits for what this stream has been given by then, such as a
                 kernel that still reads the rows
+        lanes:  make the lengths of these lanes n and leave the others, see append(). n is one
+                number or one for each of them, at most what the lane has.
 
-        Raises ValueError (more than the length, negative), BufferError while a live export
-        covers a row beyond n, VMMError; then the tensor is as before."""
-        cdef Py_ssize_t n_rows = _rows(n, "n")
+        Raises ValueError (more than the length, negative; lanes that are none or are named
+        twice), BufferError while a live export covers a row beyond n, VMMError; then the tensor
+        is as before."""
+        cdef Py_ssize_t n_rows
         cdef vmm_stream reader = VMM_STREAM_NONE
         cdef vmm_status status
         cdef vmm_tensor *handle
-        cdef Link *link
+        if lanes is not None:
+            truncate_lanes(self, n, stream, lanes)
+            return
+        n_rows = _rows(n, "n")
         if stream is not None:
             stream_of(stream, &reader)
         handle = self.enter("truncate")
         with nogil:
             status = vmm_truncate(handle, n_rows, reader)
         if status == VMM_OK:
-            link = self.views
-            while link != NULL:
-                link.stale = link.stale or link.stop > n_rows
-                link = link.next
+            self.mark_stale(n_rows)
         self.leave()
         check(status)
 

@@ -108,8 +108,7 @@ class KVPair:
         not; then nothing has changed. RuntimeError where the tensors were changed by others.
         """
         key_tensor, value_tensor = self.key_tensor, self.value_tensor
-        if key_tensor.length != self.length or value_tensor.length != self.length:
-            self._refuse_changed()
+        self._check()
         stream = None if _NAMES_STREAM else self._stream()
         pyvmm.append_many((key_tensor, value_tensor), (key_states, value_states), stream)
         length = key_tensor.length
@@ -160,12 +159,22 @@ class KVPair:
         return stream
 
     def _check(self) -> None:
-        if self.key_tensor.length != self.length or self.value_tensor.length != self.length:
+        key_tensor, value_tensor = self.key_tensor, self.value_tensor
+        if (
+            key_tensor.length != self.length
+            or value_tensor.length != self.length
+            or key_tensor.ragged
+            or value_tensor.ragged
+        ):
             self._refuse_changed()
 
     def _refuse_changed(self) -> None:
         raise RuntimeError(
             f"the cache gave out {self.length} tokens, but its tensors hold "
-            f"{self.key_tensor.length} keys and {self.value_tensor.length} values: they were "
-            "changed from outside"
+            f"{_lengths_of(self.key_tensor)} keys and {_lengths_of(self.value_tensor)} values: "
+            "they were changed from outside"
         )
+
+
+def _lengths_of(tensor: pyvmm.VTensor) -> int | tuple[int, ...]:
+    return tensor.lengths if tensor.ragged else tensor.length

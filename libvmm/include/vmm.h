@@ -397,6 +397,9 @@ VMM_API void **vmm_user(vmm_tensor *tensor);
 /* How many lengths a tensor has: the size of dimension 0, or 1. Never changes. */
 VMM_API size_t vmm_length_count(const vmm_tensor *tensor);
 
+/* Whether lengths differ. */
+VMM_API int vmm_is_ragged(const vmm_tensor *tensor);
+
 /* The length of each lane, vmm_length_count() of them, until the next call on the tensor. For
  * the writer's thread. */
 VMM_API const size_t *vmm_lengths(vmm_tensor *tensor);

@@ -99,6 +99,10 @@ size_t vmm_length_count(const vmm_tensor *tensor) {
     return tensor->n_lengths;
 }
 
+int vmm_is_ragged(const vmm_tensor *tensor) {
+    return tensor->is_ragged;
+}
+
 const size_t *vmm_lengths(vmm_tensor *tensor) {
     spell_out(tensor);
     return tensor->lengths;

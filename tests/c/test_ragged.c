@@ -43,6 +43,7 @@ static void shadow_check_books(const shadow *s) {
     size_t n_rows = 0;
     const size_t *lengths = vmm_lengths(s->tensor);
     CHECK_SIZE(vmm_length(s->tensor), longest(s));
+    CHECK(!vmm_is_ragged(s->tensor) == !is_ragged(s));
     for (size_t lane = 0; lane < s->n_lanes; lane++) {
         CHECK_SIZE(lengths[lane], s->length[lane]);
         n_rows += s->length[lane];

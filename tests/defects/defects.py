@@ -75,9 +75,8 @@ DEFECTS = [
         "the length counts the rows of an append that failed",
         "libvmm/src/append.c",
         replaces(
-            "        if (!status)\n            tensor_set_length(tensors[i], "
-            "tensors[i]->length + n_rows);",
-            "        tensor_set_length(tensors[i], tensors[i]->length + n_rows);",
+            "        else if (!status)\n            tensor_set_length(tensors[i], needed);",
+            "        else\n            tensor_set_length(tensors[i], needed);",
         ),
         C.format("test_undo"),
     ),

@@ -690,6 +690,40 @@ static void do_append_many(void) {
     }
 }
 
+/* A lane gets rows and loses them again, so that what the shadow knows stays even. */
+static void do_lane(void) {
+    shadow *s = any_tensor();
+    vmm_stream stream = any_stream();
+    source src;
+
+    if (!s)
+        return;
+    make_source(&src, s);
+    size_t n_lanes = vmm_length_count(s->tensor), n_rows = (size_t)src.shape[s->spec.axis];
+    const size_t lanes[] = {next() % n_lanes, n_lanes}, counts[] = {n_rows, n_rows / 2, n_rows + 1};
+    size_t lane = PICK(lanes), count = PICK(counts), before = s->length;
+    unsigned expected = OK_OR_NO_MEMORY;
+    if (n_lanes > 1)
+        src.shape[0] = 1;
+    if (lane == n_lanes || count > n_rows || (count && w.f.is_gpu && stream == VMM_STREAM_NONE))
+        expected = BIT(VMM_ERR_INVALID);
+    begin(s);
+    vmm_status status =
+        TRY(expected, vmm_append_lanes(1, &s->tensor, &src.array, 1, &lane, &count, stream));
+    end(status);
+    source_free(&src, &w.f);
+    const size_t *lengths = vmm_lengths(s->tensor);
+    for (size_t i = 0; i < n_lanes; i++)
+        CHECK_SIZE(lengths[i], before + (!status && i == lane ? count : 0));
+    if (status)
+        return;
+    CHECK(vmm_is_ragged(s->tensor) == (count > 0 && n_lanes > 1));
+    if (vmm_is_ragged(s->tensor))
+        CHECK_STATUS(vmm_grow(s->tensor, 0, NULL), VMM_ERR_INVALID);
+    CHECK_OK(vmm_truncate_lanes(s->tensor, 1, &lane, &before, VMM_STREAM_NONE));
+    shadow_check_rows(s, &w.f);
+}
+
 static void do_truncate(void) {
     shadow *s = any_tensor();
     vmm_stream stream = any_stream();
@@ -919,7 +953,7 @@ static void (*const operations[])(void) = {
     do_trim,    do_map,     do_fork,      do_append_many, do_pin,        do_unpin,
     do_close,   do_release, do_pool_trim, do_pool_create, do_pool_close, do_pool_release,
     do_capture, do_hook,    do_handoff,   do_stream_wait, do_event,      do_device,
-    do_nothing, do_alloc,   do_append,    do_failure,     do_free,       do_find,
+    do_nothing, do_alloc,   do_lane,      do_failure,     do_free,       do_find,
 };
 
 static void open_world(const char *device) {

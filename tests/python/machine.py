@@ -588,6 +588,35 @@ class Machine(RuleBasedStateMachine):
             for tracked, x in zip(chosen, arrays, strict=True):
                 tracked.model.append(x)
 
+    @step(n=picks, size=sizes, lanes=st.permutations(range(4)), cut=st.integers(0, 4), fault=faults)
+    def append_lane_by_lane(self, n, size, lanes, cut, fault):
+        """To some lanes first, then to the others: all have it, or none."""
+        tracked = self.pick(n)
+        length, n_lanes = tracked.model.length, len(tracked.t.lengths)
+        x = self.rows(tracked.rows_of(size))
+        lanes = [lane for lane in lanes if lane < n_lanes]
+        for part in filter(None, (lanes[:cut], lanes[cut:])):
+            some = np.take(x, part, axis=0) if n_lanes > 1 else x
+            grown, _ = self.attempt(
+                functools.partial(tracked.t.append, some, lanes=part),
+                fault,
+                CapacityError=not tracked.model.fits(x.shape[self.axis]),
+                OutOfMemoryError=self.may_run_out(tracked.home),
+            )
+            if not grown:
+                tracked.t.truncate(length)
+                tracked.fresh = False
+                return
+            if len(part) < n_lanes and part == lanes[:cut]:
+                n_rows = length + x.shape[self.axis]
+                expected = tuple(n_rows if i in part else length for i in range(n_lanes))
+                assert tracked.t.lengths == expected
+                if tracked.t.ragged:
+                    with pytest.raises(ValueError, match="different lengths"):
+                        tracked.t.grow(0)
+        assert not tracked.t.ragged
+        tracked.model.append(x)
+
     @step(n=picks, size=sizes, fault=faults, keep=st.booleans())
     def grow(self, n, size, fault, keep):
         tracked = self.pick(n)

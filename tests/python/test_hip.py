@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "build/append.hipfb"
 SIMULATOR = ROOT / "build/sim/libamdhip64.so"
+NAMES = ("vmm_append_kernel", "vmm_append_kernel_wide", "vmm_append_kernel_pieces")
 ARCHITECTURES = {"gfx90a", "gfx942"}
 
 
@@ -64,8 +65,8 @@ def test_kernels_are_there_for_each_architecture():
     for code in objects.values():
         assert code.startswith(b"\x7fELF")
         assert struct.unpack_from("<H", code, 18) == (224,)  # EM_AMDGPU
-        assert b"vmm_append_kernel\0" in code
-        assert b"vmm_append_kernel_wide\0" in code
+        for name in NAMES:
+            assert name.encode() + b"\0" in code
 
 
 def test_kernels_by_the_disassembler(tmp_path):
@@ -81,13 +82,13 @@ def test_kernels_by_the_disassembler(tmp_path):
         path = tmp_path / f"{architecture}.o"
         path.write_bytes(code)
         symbols = run(tools["llvm-readobj"], "--dyn-symbols", path)
-        for name in ("vmm_append_kernel", "vmm_append_kernel_wide"):
+        for name in NAMES:
             assert f"Name: {name}\n" in symbols or f"Name: {name} " in symbols
             assert f"Name: {name}.kd" in symbols  # the descriptor, which a launch looks for
         notes = run(tools["llvm-readobj"], "--notes", path)
         assert architecture in notes
-        assert notes.count(".private_segment_fixed_size: 0") == 2
-        assert notes.count(".vgpr_spill_count: 0") == 2
+        assert notes.count(".private_segment_fixed_size: 0") == len(NAMES)
+        assert notes.count(".vgpr_spill_count: 0") == len(NAMES)
         listing = run(tools["llvm-objdump"], "-d", path)
         assert "load_dwordx4" in listing and "store_dwordx4" in listing
 

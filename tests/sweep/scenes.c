@@ -3,6 +3,8 @@
 
 #include <errno.h>
 
+#include "../../libvmm/src/append.h"
+
 #define FIRST (&w->models[0])
 #define SECOND (&w->models[1])
 
@@ -324,6 +326,60 @@ static void append_both_forms(world *w) {
     world_rows(w, world_tensor(w, &spec, FIRST_ROWS), MORE_ROWS, VMM_MEMORY_DEVICE, DENSE);
 }
 
+/* Rows for the last lane alone. */
+static void one_lane(world *w, vmm_memory memory) {
+    one_tensor(w);
+    world_rows(w, FIRST, MORE_ROWS, memory, DENSE)->shape[0] = 1;
+}
+
+static void append_lane_device(world *w) {
+    one_lane(w, VMM_MEMORY_DEVICE);
+}
+
+static void append_lane_host(world *w) {
+    one_lane(w, VMM_MEMORY_HOST);
+}
+
+static vmm_status run_append_lane(world *w) {
+    const size_t last[] = {1};
+    return vmm_append_lanes(1, &FIRST->tensor, &w->sources[0].array, 1, last, NULL, w->streams[0]);
+}
+
+/* The lane has the rows; without them the tensor is as it was. */
+static void check_append_lane(world *w) {
+    const size_t last[] = {1}, before[] = {FIRST_ROWS}, *lengths = vmm_lengths(FIRST->tensor);
+    size_t pre, post, end = FIRST_ROWS + MORE_ROWS;
+    CHECK(vmm_is_ragged(FIRST->tensor) && vmm_length(FIRST->tensor) == end);
+    CHECK(lengths[0] == FIRST_ROWS && lengths[1] == end);
+    uint8_t *rows = read_rows(&w->f, FIRST->tensor, FIRST_ROWS, end);
+    row_pieces(FIRST->tensor, &pre, &post);
+    for (size_t p = 0; p < pre / 2; p++)
+        for (size_t i = 0; i < MORE_ROWS * post; i++)
+            CHECK(rows[(pre / 2 + p) * MORE_ROWS * post + i] ==
+                  row_byte(w->sources[0].first_number + (uint32_t)(i / post), p * post + i % post));
+    free(rows);
+    CHECK_OK(vmm_truncate_lanes(FIRST->tensor, 1, last, before, w->streams[0]));
+    CHECK(!vmm_is_ragged(FIRST->tensor));
+}
+
+/* More lanes than jobs fit a narrow launch, all of them mapped. */
+static void append_pieces(world *w) {
+    static const int64_t shape[] = {VMM_APPEND_JOBS + 1, 0, 16};
+    vmm_spec spec = {.ndim = 3,
+                     .shape = shape,
+                     .axis = 1,
+                     .dtype = VMM_UINT8,
+                     .capacity = 256,
+                     .layout = VMM_LAYOUT_LANE};
+    model *m = world_tensor(w, &spec, FIRST_ROWS);
+    world_rows(w, m, MORE_ROWS, VMM_MEMORY_DEVICE, DENSE);
+}
+
+static vmm_status run_append_pieces(world *w) {
+    return vmm_append_lanes(1, &FIRST->tensor, &w->sources[0].array, VMM_APPEND_JOBS + 1, NULL,
+                            NULL, w->streams[1]);
+}
+
 /* ---- shrinking, copying -------------------------------------------------------------------------- */
 
 static vmm_status run_truncate(world *w) {
@@ -333,6 +389,19 @@ static vmm_status run_truncate(world *w) {
 static void check_truncate(world *w) {
     FIRST->length = FIRST_ROWS / 2;
     model_append(FIRST, VMM_UINT8, 3, VMM_MEMORY_HOST, w->streams[0]);
+}
+
+static vmm_status run_truncate_lane(world *w) {
+    const size_t last[] = {vmm_length_count(FIRST->tensor) - 1}, n_rows[] = {FIRST_ROWS / 2};
+    return vmm_truncate_lanes(FIRST->tensor, 1, last, n_rows, w->streams[1]);
+}
+
+static void check_truncate_lane(world *w) {
+    size_t n = vmm_length_count(FIRST->tensor);
+    CHECK_SIZE(vmm_lengths(FIRST->tensor)[n - 1], FIRST_ROWS / 2);
+    CHECK(vmm_is_ragged(FIRST->tensor) == (n > 1));
+    CHECK_OK(vmm_truncate(FIRST->tensor, FIRST_ROWS / 2, VMM_STREAM_NONE));
+    check_truncate(w);
 }
 
 static void more_mapped(world *w) {
@@ -523,6 +592,12 @@ const scene scenes[] = {
     {"append_many, host memory", SUBMITS, append_host_two, run_append_two, check_appended_two, 0},
     {"append_many, both kinds of jobs", SUBMITS | ONE_BLOCKS, append_both_forms, run_append_two,
      check_appended_two, 0},
+    {"append_lanes, device memory", SUBMITS | LANES, append_lane_device, run_append_lane,
+     check_append_lane, 0},
+    {"append_lanes, host memory", SUBMITS | ONE_BLOCKS | LANES, append_lane_host, run_append_lane,
+     check_append_lane, 0},
+    {"append_lanes, pieces", SUBMITS | ONCE, append_pieces, run_append_pieces, check_appended, 0},
+    {"truncate_lanes", ONE_BLOCKS, one_tensor, run_truncate_lane, check_truncate_lane, 0},
     {"truncate", ONE_BLOCKS, one_tensor, run_truncate, check_truncate, 0},
     {"trim", ONE_BLOCKS, more_mapped, run_trim, check_trim, 0},
     {"fork", SUBMITS | TAKES_ADDRESSES, one_tensor, run_fork, check_fork, 0},

@@ -240,7 +240,8 @@ static void sweep_scene(const scene *scene, config config, fault_kind kind) {
     int flags = scene ? scene->flags : ONE_LAYOUT | ONE_BLOCKS | ONE_SIZE;
     if (flags & CUDA_ONLY && !config.is_gpu)
         return;
-    for (int layout = 0; layout < (flags & ONE_LAYOUT ? 1 : 3); layout++)
+    int layouts = flags & ONE_LAYOUT ? 1 : 3;
+    for (int layout = flags & LANES ? VMM_LAYOUT_LANE : 0; layout < layouts; layout++)
         for (int blocks = 0; blocks < (flags & ONE_BLOCKS ? 1 : BLOCK_KINDS); blocks++)
             for (int is_fixed = 0; is_fixed < (flags & ONE_SIZE ? 1 : 2); is_fixed++) {
                 if (blocks && !config.is_gpu)

@@ -87,6 +87,7 @@ enum {
     ONE_BLOCKS = 4, /* fresh */
     ONE_SIZE = 8,   /* auto */
     FENCES = 16,    /* with older drivers, too */
+    LANES = 512,    /* in the layouts that have several */
     /* and what a failed call may do. */
     SUBMITS = 32,          /* it may have queued memory, or taken back what was queued */
     CLOSES = 64,           /* its callback may have closed a tensor */
