@@ -144,6 +144,7 @@ def cat_time(run: Run, new_k: torch.Tensor, new_v: torch.Tensor) -> None:
 
 def append_time(run: Run, id: str, tensors: list[pyvmm.VTensor], rows: list[torch.Tensor]) -> None:
     """Device time of a captured append to all of `tensors`; the rows are looked at, too."""
+
     def rewind() -> None:
         for t in tensors:
             t.truncate(run.length, stream=run.stream)
