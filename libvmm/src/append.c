@@ -165,8 +165,7 @@ static void plan_lane(copy_plan *plan, const vmm_tensor *tensor, const vmm_array
 }
 
 /* `source` with strides: `strides` is room for them. */
-vmm_array append_with_strides(const vmm_tensor *tensor, const vmm_array *source,
-                              int64_t *strides) {
+vmm_array append_with_strides(const vmm_tensor *tensor, const vmm_array *source, int64_t *strides) {
     vmm_array array = *source;
     if (array.strides)
         return array;
@@ -203,9 +202,8 @@ static vmm_status launched(batch *batch, vmm_status status) {
 }
 
 #define LAUNCH(batch, verb, args, n)                                                               \
-    launched((batch),                                                                              \
-             (batch)->pool->device->ops->verb((batch)->pool->device->state, (args), (n),           \
-                                              (batch)->stream, &(batch)->captured))
+    launched((batch), (batch)->pool->device->ops->verb((batch)->pool->device->state, (args), (n),  \
+                                                       (batch)->stream, &(batch)->captured))
 
 static vmm_status launch_narrow(batch *batch) {
     size_t n_jobs = batch->n_jobs;
@@ -418,8 +416,8 @@ vmm_status append_checked(size_t n_tensors, vmm_tensor *const *tensors, const vm
     if (status)
         return status;
     outcome outcome = {.capturable = capturable};
-    status = (mapping ? map_and_copy : copy_rows)(n_tensors, tensors, sources, list, stream,
-                                                  &outcome);
+    status =
+        (mapping ? map_and_copy : copy_rows)(n_tensors, tensors, sources, list, stream, &outcome);
     for (size_t i = 0; i < n_tensors; i++) {
         size_t needed = rows_needed(tensors[i], &sources[i], list);
         if (needed == 0)

@@ -164,11 +164,11 @@ static uint32_t unit_bytes(const copy_plan *plan, uint64_t also) {
 }
 
 /* The two forms differ in the length of their arrays only. */
-#define FILL_JOB(plan, job, also)                                                                        \
+#define FILL_JOB(plan, job, also)                                                                  \
     do {                                                                                           \
         (job)->dst = (plan)->dst;                                                                  \
         (job)->src = (plan)->src;                                                                  \
-        (job)->unit_bytes = unit_bytes(plan, also);                                                   \
+        (job)->unit_bytes = unit_bytes(plan, also);                                                \
         (job)->run_units = (plan)->run_bytes / (job)->unit_bytes;                                  \
         (job)->n_units = (job)->run_units;                                                         \
         (job)->n_outer = (uint32_t)(plan)->n_outer;                                                \
@@ -189,7 +189,8 @@ void copy_plan_to_job_wide(const copy_plan *plan, vmm_append_job_wide *out) {
 }
 
 void copy_plan_to_cursor_job(const copy_plan *plan, vmm_cursor_job *out) {
-    uint64_t steps = out->row_bytes | (uint64_t)out->dst_entry_stride | (uint64_t)out->src_entry_stride;
+    uint64_t steps =
+        out->row_bytes | (uint64_t)out->dst_entry_stride | (uint64_t)out->src_entry_stride;
     FILL_JOB(plan, &out->copy, steps);
 }
 

@@ -172,7 +172,7 @@ typedef CUresult cuGetProcAddress_type(const char *symbol, void **address, int v
        void **parameters, void **extra))                                                           \
     X(cuStreamGetCtx, 9020, REQUIRED, (CUstream stream, CUcontext * context))                      \
     X(cuStreamGetCaptureInfo, 11030, REQUIRED,                                                     \
-      (CUstream stream, CUstreamCaptureStatus * status, uint64_t *id, CUgraph *graph,                 \
+      (CUstream stream, CUstreamCaptureStatus * status, uint64_t *id, CUgraph *graph,              \
        void *dependencies, void *n_dependencies))                                                  \
     X(cuUserObjectCreate, 11030, REQUIRED,                                                         \
       (CUuserObject * object, void *user, void (*destroy)(void *user), unsigned n_references,      \

@@ -28,8 +28,8 @@ static vmm_status write_control(vmm_tensor *tensor, tensor_cursor *cursor) {
         memcpy(image + VMM_CURSOR_STATE(n) + 8 * i, &length, sizeof length);
         memcpy(image + VMM_CURSOR_BEHIND(n) + i * sizeof behind, &behind, sizeof behind);
     }
-    vmm_status status = DRIVER(tensor->pool, tensor->driver_calls, write, cursor->control->address,
-                               image, bytes);
+    vmm_status status =
+        DRIVER(tensor->pool, tensor->driver_calls, write, cursor->control->address, image, bytes);
     free(image);
     cursor->shown_mapped = shown;
     return status;

@@ -17,8 +17,7 @@ __device__ __forceinline__ bool take_row(const vmm_cursor_job &job, uint32_t ent
                                          unsigned long long *shared, uint32_t &row) {
     char *const control = (char *)job.control;
     const uint32_t n = job.n_entries;
-    unsigned long long *const state =
-        (unsigned long long *)(control + VMM_CURSOR_STATE(n)) + entry;
+    unsigned long long *const state = (unsigned long long *)(control + VMM_CURSOR_STATE(n)) + entry;
     const uint32_t mapped = *(const volatile uint32_t *)(control + VMM_CURSOR_WORDS(n));
     const uint32_t behind = ((const uint32_t *)(control + VMM_CURSOR_BEHIND(n)))[entry];
     unsigned long long before;

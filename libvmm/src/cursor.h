@@ -15,9 +15,9 @@ typedef struct tensor_cursor {
     int32_t *values;        /* on the tensor's device */
     size_t n_entries;
     size_t *next, *before; /* what cursor_set() makes of it; what a truncation goes back to */
-    bool has_next; /* for cursor_set() */
-    size_t shown_mapped; /* what the device has been told; never more than is mapped */
-    bool stale;          /* setting it has failed */
+    bool has_next;         /* for cursor_set() */
+    size_t shown_mapped;   /* what the device has been told; never more than is mapped */
+    bool stale;            /* setting it has failed */
     /* A graph has been captured that appends, so what the device has may be ahead of the host. */
     bool is_captured, may_differ;
     uint64_t last_capture; /* that has pinned it */

@@ -26,10 +26,10 @@
 #define VMM_CURSOR_KERNEL "vmm_cursor_kernel"
 #define VMM_CURSOR_BLOCK_THREADS 256
 
-#define VMM_CURSOR_WORDS(n) (((uint64_t)(n)*4 + 7) & ~(uint64_t)7)
+#define VMM_CURSOR_WORDS(n) (((uint64_t)(n) * 4 + 7) & ~(uint64_t)7)
 #define VMM_CURSOR_STATE(n) (VMM_CURSOR_WORDS(n) + 8)
-#define VMM_CURSOR_BEHIND(n) (VMM_CURSOR_STATE(n) + (uint64_t)(n)*8)
-#define VMM_CURSOR_BYTES(n) (VMM_CURSOR_BEHIND(n) + (uint64_t)(n)*4)
+#define VMM_CURSOR_BEHIND(n) (VMM_CURSOR_STATE(n) + (uint64_t)(n) * 8)
+#define VMM_CURSOR_BYTES(n) (VMM_CURSOR_BEHIND(n) + (uint64_t)(n) * 4)
 
 #define VMM_CURSOR_JOBS 14 /* what 4 KiB of parameters hold */
 #define VMM_CURSOR_MAX_ENTRIES 65535

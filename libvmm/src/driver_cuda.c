@@ -57,7 +57,7 @@ typedef struct gpu_device {
     CUcontext context;
     unsigned max_blocks; /* of one launch, so that all of them run at once */
     CUfunction kernels[GPU_N_KERNELS];
-    CUstream stream; /* for control blocks; NULL before its first use. Atomic */
+    CUstream stream;         /* for control blocks; NULL before its first use. Atomic */
     const char *kernel_form; /* "fatbin", "ptx", NULL before they are loaded */
     struct gpu_device *next;
 } gpu_device;

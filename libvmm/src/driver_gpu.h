@@ -411,8 +411,8 @@ static vmm_status find_capture(vmm_stream stream, bool *captured) {
     gpu_capture_status capture = GPU_CAPTURE_STATUS_NONE;
     vmm_status status = VMM_OK;
     if (stream && stream != VMM_STREAM_LEGACY)
-        status = CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, NULL, NULL, NULL,
-                      NULL);
+        status =
+            CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, NULL, NULL, NULL, NULL);
     *captured = capture != GPU_CAPTURE_STATUS_NONE;
     return status;
 }
@@ -446,8 +446,7 @@ static unsigned block_count(uint64_t n_units, unsigned n_threads, uint64_t max_b
  * several. */
 static vmm_status launch_jobs(const gpu_device *device, gpu_kernel kernel, const void *args,
                               size_t n_jobs, uint64_t n_units, vmm_stream stream, bool *captured) {
-    unsigned n_blocks =
-        block_count(n_units, VMM_APPEND_BLOCK_THREADS, device->max_blocks / n_jobs);
+    unsigned n_blocks = block_count(n_units, VMM_APPEND_BLOCK_THREADS, device->max_blocks / n_jobs);
     const unsigned grid[] = {n_blocks, (unsigned)n_jobs, 1};
     return launch(device, kernel, grid, VMM_APPEND_BLOCK_THREADS, args, stream, captured);
 }
@@ -482,7 +481,8 @@ static uint64_t blocks_for_pieces(const gpu_device *device, const vmm_append_arg
     while (n_blocks < most) {
         uint64_t working = 0;
         for (size_t i = 0; i < n_pieces; i++) {
-            uint64_t needed = block_count(args->piece[i].n_units, VMM_APPEND_BLOCK_THREADS, UINT32_MAX);
+            uint64_t needed =
+                block_count(args->piece[i].n_units, VMM_APPEND_BLOCK_THREADS, UINT32_MAX);
             working += needed < 2 * n_blocks ? needed : 2 * n_blocks;
         }
         if (working * args->n_runs > device->max_blocks)
@@ -610,8 +610,8 @@ static vmm_status gpu_read(void *state, void *dst, uintptr_t src, size_t bytes) 
 static vmm_status retain_graph(vmm_stream stream, gpu_user_object object) {
     gpu_capture_status capture = GPU_CAPTURE_STATUS_NONE;
     gpu_graph graph = NULL;
-    vmm_status status = CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, NULL, &graph,
-                             NULL, NULL);
+    vmm_status status =
+        CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, NULL, &graph, NULL, NULL);
     if (!status && capture != GPU_CAPTURE_STATUS_ACTIVE)
         status = vmm_fail(VMM_ERR_CAPTURING, GPU_NAME(StreamGetCaptureInfo),
                           "the capture of this stream has been invalidated: end it first");
@@ -752,14 +752,13 @@ static vmm_status gpu_fence(void *state, driver_event event) {
     .release = gpu_release, .map = gpu_map, .unmap = gpu_unmap, .set_access = gpu_set_access,      \
     .copy = gpu_copy, .fill = gpu_fill, .launch = gpu_launch, .launch_wide = gpu_launch_wide,      \
     .launch_pieces = gpu_launch_pieces, .launch_cursor = gpu_launch_cursor,                        \
-    .set_cursor = gpu_set_cursor, .allocate = gpu_allocate,                                        \
-    .allocate_host = gpu_allocate_host, .deallocate = gpu_deallocate,                              \
-    .deallocate_host = gpu_deallocate_host, .write = gpu_write, .read = gpu_read,                  \
-    .retain = gpu_retain,                                                                          \
-    .stream_check = gpu_stream_check, .stream_capture = gpu_stream_capture,                        \
-    .stream_synchronize = gpu_stream_synchronize, .event_create = gpu_event_create,                \
-    .event_destroy = gpu_event_destroy, .event_record = gpu_event_record,                          \
-    .event_wait = gpu_event_wait, .event_query = gpu_event_query,                                  \
-    .event_synchronize = gpu_event_synchronize, .fence = gpu_fence, .fence_waits = fence_waits
+    .set_cursor = gpu_set_cursor, .allocate = gpu_allocate, .allocate_host = gpu_allocate_host,    \
+    .deallocate = gpu_deallocate, .deallocate_host = gpu_deallocate_host, .write = gpu_write,      \
+    .read = gpu_read, .retain = gpu_retain, .stream_check = gpu_stream_check,                      \
+    .stream_capture = gpu_stream_capture, .stream_synchronize = gpu_stream_synchronize,            \
+    .event_create = gpu_event_create, .event_destroy = gpu_event_destroy,                          \
+    .event_record = gpu_event_record, .event_wait = gpu_event_wait,                                \
+    .event_query = gpu_event_query, .event_synchronize = gpu_event_synchronize,                    \
+    .fence = gpu_fence, .fence_waits = fence_waits
 
 #endif /* VMM_DRIVER_GPU_H */

@@ -77,7 +77,7 @@ typedef struct gpu_device {
     hipDevice_t device;
     unsigned max_blocks; /* of one launch, so that all of them run at once */
     hipFunction_t kernels[GPU_N_KERNELS];
-    hipStream_t stream; /* for control blocks; NULL before its first use. Atomic */
+    hipStream_t stream;      /* for control blocks; NULL before its first use. Atomic */
     const char *kernel_form; /* "hipfb", NULL before they are loaded */
     struct gpu_device *next;
 } gpu_device;

@@ -112,7 +112,7 @@ typedef enum hipStreamCaptureMode {
     X(hipError_t, hipUserObjectRelease, (hipUserObject_t object, unsigned n_references))           \
     X(hipError_t, hipGraphRetainUserObject,                                                        \
       (hipGraph_t graph, hipUserObject_t object, unsigned n_references, unsigned flags))
-#define HIP_CALLS_BEFORE(X)                                                                               \
+#define HIP_CALLS_BEFORE(X)                                                                        \
     X(const char *, hipGetErrorName, (hipError_t code))                                            \
     X(const char *, hipGetErrorString, (hipError_t code))                                          \
     X(hipError_t, hipInit, (unsigned flags))                                                       \

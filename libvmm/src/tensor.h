@@ -38,8 +38,8 @@ struct vmm_tensor {
     size_t length;
     size_t mapped;
     struct tensor_cursor *cursor; /* cursor.h; NULL for most */
-    bool is_ragged; /* lanes.c: the lanes differ in length, `length` is the largest */
-    bool busy;      /* a growth is under way: an out-of-memory callback may call back in */
+    bool is_ragged;               /* lanes.c: the lanes differ in length, `length` is the largest */
+    bool busy; /* a growth is under way: an out-of-memory callback may call back in */
 
     /* lanes.c: one length for each index of dimension 0 where lanes are made for it, else one;
      * behind them as many marks of what a list has named. */

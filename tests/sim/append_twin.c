@@ -100,7 +100,8 @@ CUresult sim_touch_side(const job *j, const sim_visit *visit, bool write) {
     run r;
     uint64_t bytes = j->run_units * j->unit_bytes, begin = 0, end = 0;
     CUresult status = CUDA_SUCCESS;
-    for (bool more = sim_first_run(j, &r); more && status == CUDA_SUCCESS; more = sim_next_run(j, &r)) {
+    for (bool more = sim_first_run(j, &r); more && status == CUDA_SUCCESS;
+         more = sim_next_run(j, &r)) {
         uint64_t at = write ? r.dst : r.src;
         if (at != end || begin == end) {
             status = sim_touch(visit, begin, end - begin, write);

@@ -36,9 +36,8 @@ static sim_user_object *object_of(CUuserObject handle, CUresult *status) {
     *status = CUDA_SUCCESS;
     if (known && handle->magic == GRAPH_ALIVE)
         return handle;
-    *status =
-        sim_refuse(CUDA_ERROR_INVALID_VALUE,
-                   known ? "user object %p is gone" : "%p is no user object", (void *)handle);
+    *status = sim_refuse(CUDA_ERROR_INVALID_VALUE,
+                         known ? "user object %p is gone" : "%p is no user object", (void *)handle);
     return NULL;
 }
 
@@ -48,8 +47,8 @@ CUresult cuUserObjectCreate(CUuserObject *out, void *user_data, CUhostFn destroy
     if (status)
         return status;
     if (!out || !destroy || !n_references || flags != CU_USER_OBJECT_NO_DESTRUCTOR_SYNC)
-        return sim_leave(sim_refuse(CUDA_ERROR_INVALID_VALUE, "%u references, flags 0x%x",
-                                    n_references, flags));
+        return sim_leave(
+            sim_refuse(CUDA_ERROR_INVALID_VALUE, "%u references, flags 0x%x", n_references, flags));
     sim_user_object *object = sim_alloc(sizeof *object);
     *object = (sim_user_object){GRAPH_ALIVE, n_references, destroy, user_data};
     sim_handles_add(&user_objects, object);
@@ -141,8 +140,8 @@ CUresult cuGraphRetainUserObject(CUgraph graph_handle, CUuserObject handle, unsi
     sim_user_object *object = graph ? object_of(handle, &status) : NULL;
     if (object && (!n_references || flags & ~(unsigned)CU_GRAPH_USER_OBJECT_MOVE ||
                    (flags && n_references > object->n_references)))
-        status = sim_refuse(CUDA_ERROR_INVALID_VALUE, "%u references, flags 0x%x", n_references,
-                            flags);
+        status =
+            sim_refuse(CUDA_ERROR_INVALID_VALUE, "%u references, flags 0x%x", n_references, flags);
     for (unsigned i = 0; i < n_references && status == CUDA_SUCCESS; i++)
         keep(graph, object);
     if (status == CUDA_SUCCESS && !flags)
@@ -164,8 +163,8 @@ CUresult cuGraphReleaseUserObject(CUgraph graph_handle, CUuserObject handle,
             drop(object, 1);
         }
     if (object && n_references)
-        status = sim_refuse(CUDA_ERROR_INVALID_VALUE, "the graph has %u references fewer",
-                            n_references);
+        status =
+            sim_refuse(CUDA_ERROR_INVALID_VALUE, "the graph has %u references fewer", n_references);
     return sim_leave(status);
 }
 

@@ -24,8 +24,8 @@ typedef struct sim_function {
 
 static sim_handles modules, functions;
 static const sim_kernel *kernels[MAX_KERNELS] = {&sim_append_kernel, &sim_append_kernel_wide,
-                                                   &sim_append_kernel_cursor, &sim_cursor_kernel,
-                                                   &sim_append_kernel_pieces};
+                                                 &sim_append_kernel_cursor, &sim_cursor_kernel,
+                                                 &sim_append_kernel_pieces};
 static size_t n_kernels = 5;
 
 int sim_register_kernel(const sim_kernel *kernel) {
