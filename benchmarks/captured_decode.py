@@ -137,7 +137,9 @@ def measure(run: Run, model: Any, kind: str, batch: int, context: int) -> dict[s
 
 def steps(run: Run, clock: Time, write: Any) -> None:
     model = built = None
-    rows = [row for row in (*ROWS, *MORE_ROWS) if re.search(run.options.rows, " ".join(map(str, row)))]
+    rows = [
+        row for row in (*ROWS, *MORE_ROWS) if re.search(run.options.rows, " ".join(map(str, row)))
+    ]
     for shape, batch, context in dict.fromkeys(rows):
         if run.smoke:
             batch, context = min(batch, 2), min(context // 64, 200)
@@ -315,14 +317,19 @@ def text(run: Run, clock: Time, write: Any) -> None:
                 options = {"past_key_values": make_cache(run, kind, model.config, 0)}
             model.generation_config.eos_token_id = None
 
-            def generate(n: int, model: Any = model, options: Any = options) -> None:
-                model.generate(ids, attention_mask=mask, max_new_tokens=n, do_sample=False, **options)
-
+            generate = functools.partial(
+                model.generate,
+                ids,
+                attention_mask=mask,
+                max_new_tokens=n_new,
+                do_sample=False,
+                **options,
+            )
             try:
                 with block(run, model, kind):
                     if kind == "StaticCache":
-                        generate(n_new)  # compiles for this very size
-                    ns = wall_ns(run, functools.partial(generate, n_new))
+                        generate()  # compiles for this very size
+                    ns = wall_ns(run, generate)
             except OUT_OF_MEMORY as error:
                 row[f"out of memory/{kind}"] = str(error).splitlines()[0]
                 continue

@@ -129,7 +129,9 @@ class FlashAttn(Backend):
 
     @staticmethod
     def fits(case: Case) -> bool:
-        return _is_half_on_gpu(case) and _function("flash_attn", "flash_attn_with_kvcache") is not None
+        return (
+            _is_half_on_gpu(case) and _function("flash_attn", "flash_attn_with_kvcache") is not None
+        )
 
     @staticmethod
     def prepare(reads: Reads) -> Any:

@@ -4,18 +4,14 @@
 a graph: ids and positions are copied into static buffers, the graph appends the new keys and
 values where the tensors' cursors stand and attends to what is there. Everything else goes to
 the model as it is, over the same cache. Nothing has to be undone in between.
-
-What the graph records is a twin of the model: the same modules and weights with a config of
-its own, whose attention is ours, so that other threads may run the model itself meanwhile.
 """
 
 # transformers' classes have no types where it is not installed, and some where it is.
-# mypy: disable-error-code="misc, no-untyped-call"
+# mypy: disable-error-code="misc, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import threading
@@ -27,17 +23,13 @@ from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_modules
-from torch.utils.dlpack import from_dlpack
-from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import AttentionInterface
 
-from pyvmm import _attention
 from pyvmm._captured_layers import CapturedLayer, CapturedSliding
-from pyvmm._graphs import CannotCapture, CudaGraph, Graph, Recorded
+from pyvmm._captured_step import Steps, twin_of
+from pyvmm._graphs import CannotCapture, CudaGraph, Graph
 from pyvmm._pool import Pool
-from pyvmm._torch_kv import KVPair
 from pyvmm.transformers import _DEFAULT_CAPACITY, VMMCache, VMMLayer, _InstalledLayer
 
 # The models whose step can be recorded, by the class that generates: what makes one fit, and
@@ -52,11 +44,6 @@ MODELS = frozenset(
     }
 )
 
-# The name that the twin's config has for its attention. transformers makes no mask for a name
-# of which it knows no kind of mask.
-_ATTENTION = "pyvmm_captured"
-# Graphs are recorded for lengths up to a power of two, from this on.
-_LEAST_BUCKET = 512
 # Caches that have gone, whose memory and graphs wait for the next of their batch size.
 _MOST_KEPT = 4
 _KNOWN = {
@@ -69,262 +56,13 @@ class _Unfit(Exception):
     """Why a call runs eagerly; said once."""
 
 
-# ---- what is recorded -------------------------------------------------------------
-
-
-class _Current(threading.local):
-    """The steps that this thread records; what the operator below appends to."""
-
-    steps: _Steps | None = None
-
-
-_current = _Current()
-
-
-@torch.library.custom_op("pyvmm::append_and_attend", mutates_args=())
-def _append_and_attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # That the cache changes is nobody's business but the next layer's, which depends on the
-    # result. Were the reservations arguments, a compiler might copy them.
-    assert _current.steps is not None
-    return _current.steps.append_and_attend(query, keys, values, layer, scale)
-
-
-@_append_and_attend.register_fake
-def _(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    assert _current.steps is not None
-    batch, heads, _, dim = query.shape
-    n_chunks = _current.steps.n_chunks(layer)
-    parts = query.new_empty((batch, n_chunks, heads, values.shape[-1]))
-    n_merged = n_chunks if n_chunks > 1 else 0
-    return parts, query.new_empty((batch, heads, n_merged), dtype=torch.float32)
-
-
-def _attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """What transformers' attention layers call: (batch, heads, 1, dim) to (batch, 1, heads, dim)."""
-    for name in ("softcap", "s_aux", "position_bias"):
-        if others.get(name) is not None:
-            raise RuntimeError(f"its attention has {name}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts, lse = torch.ops.pyvmm.append_and_attend(query, key, value, module.layer_idx, scale)
-    return _attention.merge(parts, lse)[:, None], None
-
-
-AttentionInterface.register(_ATTENTION, _attend)
-
-
-class _CacheOfStep:
-    """What the twin takes for a cache: keys and values pass, and are appended by attention."""
-
-    is_compileable = True
-    is_sliding = (False,)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return key_states, value_states
-
-
-def _twin(model: torch.nn.Module) -> Any:
-    """The same modules with the same parameters, and configs of their own."""
-    twins: dict[int, Any] = {}
-    configs: dict[int, Any] = {}
-
-    def config_of_twin(config: Any) -> Any:
-        if id(config) not in configs:
-            configs[id(config)] = own = copy.copy(config)
-            own._attn_implementation_internal = _ATTENTION
-        return configs[id(config)]
-
-    def twin(module: torch.nn.Module) -> Any:
-        if id(module) not in twins:
-            new = twins[id(module)] = type(module).__new__(type(module))
-            new.__dict__.update(module.__dict__)
-            new.__dict__.pop("forward", None)
-            for name, value in module.__dict__.items():
-                if isinstance(value, PreTrainedConfig):
-                    new.__dict__[name] = config_of_twin(value)
-            new.__dict__["_modules"] = {
-                name: child if child is None else twin(child)
-                for name, child in module._modules.items()
-            }
-        return twins[id(module)]
-
-    return twin(model)
-
-
-class _Group:
-    """Layers that read the same rows: those of all tokens, or of one window."""
-
-    def __init__(self, window: int | None, pair: KVPair, uniform: bool) -> None:
-        self.window = window
-        self.cursor = from_dlpack(pair.key_tensor.cursor)
-        keys = pair.reserved[0]
-        # Where sequences begin, in rows of the pair.
-        n = 1 if uniform else keys.shape[0]
-        self.first = torch.zeros(n, dtype=torch.int32, device=keys.device)
-        self.reads: Any = None
-        self.prepared: Any = None
-
-
-class _Steps:
-    """The graphs over the pairs of one cache, one for each bucket of its length, and their
-    static buffers. Pairs that were replaced need other steps."""
-
-    def __init__(self, captured: Captured, pairs: list[KVPair], windows: list[int | None]) -> None:
-        self._captured = weakref.proxy(captured)
-        self.pairs = pairs
-        self.windows = windows
-        keys = pairs[0].reserved[0]
-        self.device = keys.device
-        self.batch = keys.shape[0]
-        self.layout = pairs[0].key_tensor.layout
-        self.capacity = min(
-            (p.capacity for p, w in zip(pairs, windows, strict=True) if w is None),
-            default=1 << 62,
-        )
-        self.graphs: dict[int, Recorded] = {}
-        self.tensors = [t for pair in pairs for t in (pair.key_tensor, pair.value_tensor)]
-        self.pads: tuple[int, ...] = ()
-        self.dropped: tuple[int, ...] = ()
-        self.bucket = 0
-        self.logits: Any = None
-        with torch.inference_mode(False):
-            self.ids = torch.zeros((self.batch, 1), dtype=torch.long, device=self.device)
-            self.positions = torch.zeros_like(self.ids)
-            self.groups = {
-                window: _Group(window, pairs[windows.index(window)], self.layout == "seq")
-                for window in dict.fromkeys(windows)
-            }
-        self._backend: dict[bool, tuple[type[_attention.Backend], int]] = {}
-        _give_up_when_short(self.tensors[0].pool)
-
-    def is_over(self, pairs: list[KVPair]) -> bool:
-        return self.pairs == pairs
-
-    def n_chunks(self, layer: int) -> int:
-        return self._chosen(self.windows[layer])[1]
-
-    def set_first(self, pads: tuple[int, ...], dropped: dict[int | None, int]) -> None:
-        """Where each sequence begins, and how many tokens are gone from before the pairs."""
-        state = (dropped.get(window, 0) for window in self.groups)
-        now = tuple(state)
-        if pads == self.pads and now == self.dropped:
-            return
-        for (window, group), gone in zip(self.groups.items(), now, strict=True):
-            first = [max(n - gone, 0) for n in pads[: len(group.first)]]
-            group.first.copy_(torch.tensor(first, dtype=torch.int32))
-        if any(self.pads) != any(pads):
-            self.graphs.clear()  # another backend may be the first that fits
-            self._backend.clear()
-        self.pads, self.dropped = pads, now
-
-    def append_and_attend(
-        self,
-        query: torch.Tensor,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer: int,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        pair, group = self.pairs[layer], self.groups[self.windows[layer]]
-        pair.append_recorded(key_states, value_states)
-        backend, _ = self._chosen(group.window)
-        keys, values = pair.reserved
-        parts, lse = backend.attend(query, keys, values, group.reads, group.prepared, scale)
-        if lse is None:
-            lse = query.new_empty((*query.shape[:2], 0), dtype=torch.float32)
-        return parts.contiguous(), lse.contiguous()
-
-    def graph_for(self, length: int) -> Recorded:
-        """The graph for a cache that has so many tokens after the step."""
-        bucket = _LEAST_BUCKET
-        while bucket < length:
-            bucket *= 2
-        if bucket not in self.graphs:
-            self.graphs[bucket] = self._record(bucket)
-        return self.graphs[bucket]
-
-    def _record(self, bucket: int) -> Recorded:
-        self.bucket = bucket
-        with torch.inference_mode(False), torch.no_grad():
-            recorded = Recorded(self._run, self.tensors, self.device, self._captured.graphs)
-        self._captured.n_captures += 1
-        return recorded
-
-    def _run(self) -> None:
-        _current.steps = self
-        try:
-            for group in self.groups.values():
-                self._plan(group)
-            logits = self._captured.step(
-                input_ids=self.ids,
-                position_ids=self.positions,
-                past_key_values=_CacheOfStep(),
-                use_cache=True,
-                return_dict=True,
-            ).logits
-            if self.logits is None:
-                self.logits = torch.empty_like(logits)
-            self.logits.copy_(logits)
-        finally:
-            _current.steps = None
-
-    def _plan(self, group: _Group) -> None:
-        backend, n_chunks = self._chosen(group.window)
-        longest = self.bucket if group.window is None else min(self.bucket, group.window)
-        cursor = group.cursor[: len(group.first)]
-        starts, lengths = _attention.plan(cursor, group.first, group.window, n_chunks)
-        keys = self.pairs[self.windows.index(group.window)].reserved[0]
-        group.reads = _attention.Reads(
-            starts, lengths, -(-longest // n_chunks), keys, self.layout
-        )
-        group.prepared = backend.prepare(group.reads)
-
-    def _chosen(self, window: int | None) -> tuple[type[_attention.Backend], int]:
-        is_cut = window is not None or any(self.pads)
-        if is_cut not in self._backend:
-            keys = self.pairs[self.windows.index(window)].reserved[0]
-            _, kv_heads, _, dim = keys.shape
-            case = _attention.Case(
-                device=self.device,
-                dtype=keys.dtype,
-                batch=self.batch,
-                heads=self._captured.n_heads,
-                kv_heads=kv_heads,
-                dim=dim,
-                layout=self.layout,
-                is_cut=is_cut,
-                lane_rows=_attention.lane_rows(keys),
-            )
-            backend = _attention.choose(case)
-            n_processors = 1
-            if self.device.type == "cuda":
-                properties = torch.cuda.get_device_properties(self.device)
-                n_processors = properties.multi_processor_count
-            n_chunks = _attention.chunks_for(backend, case, n_processors)
-            self._backend[is_cut] = backend, n_chunks
-        return self._backend[is_cut]
-
-
 # ---- the cache --------------------------------------------------------------------
 
 
 class _Run:
     """One cache under capture: its layers, and the steps over them."""
 
-    def __init__(self, layers: list[Any], steps: _Steps | None, is_plain: bool) -> None:
+    def __init__(self, layers: list[Any], steps: Steps | None, is_plain: bool) -> None:
         self.layers = layers
         self.steps = steps
         # Made by generate(), say: another like it can take over the memory.
@@ -354,7 +92,7 @@ class Captured:
         self._lock = threading.Lock()
         self._runs: weakref.WeakKeyDictionary[Any, _Run] = weakref.WeakKeyDictionary()
         # Steps whose cache has gone. Filled by finalizers, on any thread.
-        self._kept: deque[_Steps] = deque(maxlen=_MOST_KEPT)
+        self._kept: deque[Steps] = deque(maxlen=_MOST_KEPT)
         _all.add(self)
         self._impossible: str | None = None
         self.graphs: type[Graph] = CudaGraph if graphs is None else graphs
@@ -419,7 +157,7 @@ class Captured:
     def step(self) -> Callable[..., Any]:
         """The twin, compiled where that was asked for."""
         if self._step is None:
-            self._step = _twin(self.model).forward  # hooks of the model run around a replay
+            self._step = twin_of(self.model).forward  # hooks of the model run around a replay
             if self.compile:
                 self._step = torch.compile(self._step, dynamic=False)
         return self._step
@@ -489,9 +227,7 @@ class Captured:
                 if kept is not None:
                     new.kept = kept.pairs[index]
                 cache.layers[index] = new
-            run = self._runs[cache] = _Run(
-                cache.layers, kept, type(cache) is DynamicCache
-            )
+            run = self._runs[cache] = _Run(cache.layers, kept, type(cache) is DynamicCache)
         weakref.finalize(cache, self._give_back, weakref.ref(self), run)
         return run
 
@@ -502,7 +238,7 @@ class Captured:
         if self is not None and run.is_plain and run.steps is not None:
             self._kept.append(run.steps)
 
-    def _kept_for(self, cache: Any, kwargs: dict[str, Any]) -> tuple[Any, _Steps | None]:
+    def _kept_for(self, cache: Any, kwargs: dict[str, Any]) -> tuple[Any, Steps | None]:
         """The layout for a cache, and, if it is empty, the steps of one that has gone."""
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if ids is None or self._impossible is not None:
@@ -524,7 +260,7 @@ class Captured:
         return layout, None
 
     @staticmethod
-    def _emptied(steps: _Steps) -> bool:
+    def _emptied(steps: Steps) -> bool:
         """Can another cache have these pairs: does nobody see what was in them?"""
         try:
             for pair in steps.pairs:
@@ -604,7 +340,7 @@ class Captured:
         if torch.is_autocast_enabled(self.model.device.type):
             raise _Unfit("autocast is enabled")
 
-    def _steps_of(self, run: _Run, batch: int, mask: Any, length: int) -> _Steps:
+    def _steps_of(self, run: _Run, batch: int, mask: Any, length: int) -> Steps:
         is_known = run.known == (length, mask is not None)
         steps = run.steps
         if is_known and steps is not None:
@@ -617,7 +353,8 @@ class Captured:
         if pairs[0].key_tensor.layout == "seq" and len(set(pads)) > 1:
             pairs = [layer.relayout("lane") for layer in run.layers]
         if steps is None or not steps.is_over(pairs):
-            steps = run.steps = _Steps(self, pairs, [layer.window for layer in run.layers])
+            steps = run.steps = Steps(self, pairs, [layer.window for layer in run.layers])
+            _give_up_when_short(pairs[0].key_tensor.pool)
         if steps.batch != batch:
             raise _Unfit("the cache has another batch size than the step")
         dropped = {x.window: x.dropped for x in run.layers if x.window is not None}

@@ -49,7 +49,7 @@ class _Followed:
         raise NotImplementedError
 
 
-class CapturedLayer(_Followed, VMMLayer):  # type: ignore[misc]  # fields become properties
+class CapturedLayer(_Followed, VMMLayer):
     """A VMMLayer, all tokens of it. `kept`: a pair of an earlier cache, for the first update."""
 
     window = None
@@ -139,7 +139,7 @@ class CapturedLayer(_Followed, VMMLayer):  # type: ignore[misc]  # fields become
         return new
 
 
-class CapturedSliding(_Followed, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class CapturedSliding(_Followed, DynamicSlidingWindowLayer):
     """transformers' layer of the last `sliding_window` tokens, which moves them into a pair of
     twice as many rows when a captured step needs them at a fixed address. Where the rows are
     used up, the last ones move to the front: once in a window's length of steps."""

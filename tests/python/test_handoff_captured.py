@@ -19,7 +19,7 @@ import pyvmm  # noqa: E402
 import pyvmm.torch  # noqa: E402
 import pyvmm.transformers as adapter  # noqa: E402
 import transformers_models as models  # noqa: E402
-from pyvmm import _attention, _captured, _graphs  # noqa: E402
+from pyvmm import _attention, _captured, _captured_step, _graphs  # noqa: E402
 from pyvmm._torch_kv import KVPair  # noqa: E402
 from pyvmm.transformers import VMMCache  # noqa: E402
 from transformers_models import generate, prompt  # noqa: E402
@@ -51,7 +51,7 @@ def llama(place):
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
     # So that a short text passes several.
-    monkeypatch.setattr(_captured, "_LEAST_BUCKET", 16)
+    monkeypatch.setattr(_captured_step, "_LEAST_BUCKET", 16)
 
 
 def captured(model, compile=False):
@@ -259,7 +259,9 @@ def test_outgrowing_the_capacity(llama):
     expected = generate(llama, prompt(llama.device), max_new_tokens=60)
     cache = VMMCache(llama.config, capacity=13)
     with captured(llama) as block:
-        assert torch.equal(generate(llama, prompt(llama.device), cache, max_new_tokens=60), expected)
+        assert torch.equal(
+            generate(llama, prompt(llama.device), cache, max_new_tokens=60), expected
+        )
     assert all(layer.capacity >= 69 for layer in cache.layers)
     assert block.n_replays > 50
 
@@ -490,7 +492,7 @@ def test_a_step_that_cannot_be_captured(place, monkeypatch):
             return args[1].cpu()
         raise RuntimeError("an operation that a capture prohibits")
 
-    monkeypatch.setattr(_captured._attention, "merge", attend)
+    monkeypatch.setattr(_attention, "merge", attend)
     assert "cannot be captured" in reasons_of(model, prompt(place))
     assert len(is_first) == 1
 
@@ -755,7 +757,12 @@ def test_backends_in_order(monkeypatch):
 
 
 def test_chunks_fill_the_gpu():
-    for batch, heads, kv_heads, expected in [(1, 32, 32, 8), (2, 32, 32, 4), (8, 32, 32, 1), (1, 32, 8, 1)]:
+    for batch, heads, kv_heads, expected in [
+        (1, 32, 32, 8),
+        (2, 32, 32, 4),
+        (8, 32, 32, 1),
+        (1, 32, 8, 1),
+    ]:
         of = case(batch=batch, heads=heads, kv_heads=kv_heads)
         assert _attention.chunks_for(_attention.Varlen, of, 132) == expected
     assert _attention.chunks_for(_attention.FlashAttn, case(kv_heads=32), 132) == 1

@@ -1,4 +1,4 @@
-"""The examples of docs/frameworks.md and docs/paddle.md run, each in a process of its own."""
+"""The examples of the pages about frameworks run, each in a process of its own."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 
 def examples():
     """(page, heading, framework, code) of every example; the framework is what it imports."""
-    for page in ("frameworks.md", "paddle.md"):
+    for page in ("captured.md", "frameworks.md", "paddle.md"):
         sections = re.split(r"^## (.*)\n", (DOCS / page).read_text(), flags=re.M)
         for heading, text in zip(sections[1::2], sections[2::2], strict=True):
             for code in BLOCK.findall(text):
