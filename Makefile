@@ -160,7 +160,9 @@ $(BUILD)/append.hipfb: $(KERNELS) libvmm/src/append_hip.h $(BUILD)/hipcc
 $(BUILD)/append.ptx: $(KERNELS) $(BUILD)/nvcc
 	@[ -n '$(NVCC)' ] || { echo 'nvcc not found' >&2; exit 1; }
 	'$(NVCC)' -ptx -arch=compute_75 -o $@.full $<
-	sed -e '/^\/\//d' -e '/^$$/d' -e 's/^\.version .*/.version 6.3/' $@.full > $@
+	sed -e '/^\/\//d' -e '/^$$/d' -e '/\.pragma "used_bytes_mask/d' \
+	  -e 's/^\.version .*/.version 6.3/' $@.full > $@
+	'$(dir $(NVCC))ptxas' -arch=sm_75 -o $@.cubin $@
 
 ptx: $(BUILD)/append.ptx
 	cp $< libvmm/src/append.ptx
