@@ -149,7 +149,8 @@ def copy_time(run: Run, layout: str, row_bytes: int, n_tensors: int) -> None:
     run.bench.report(
         f"device/copy-{pair}/{layout}/{row_bytes // 1024}KiB", run.device_ns(graph, NODES)
     )
-    del graph, places
+    places.clear()
+    del graph
     run.close(*tensors)
 
 
@@ -189,17 +190,17 @@ def host_time(run: Run) -> None:
                 torch.cuda.synchronize(run.device)
         return samples
 
-    graph = run.capture(step)
+    graphs = [run.capture(step)]
     for t in tensors:
         t.map(STEPS)
 
     def bare(i: int) -> None:
-        graph.replay()
+        graphs[0].replay()
 
     def followed(i: int) -> None:
         for t in tensors:
             t.map(i + 1)
-        graph.replay()
+        graphs[0].replay()
         for t in tensors:
             t.advance()
 
@@ -221,7 +222,7 @@ def host_time(run: Run) -> None:
         for i in range(STEPS):
             one(i)
         run.bench.report("host/map-advance, 1 tensor", [(time.perf_counter_ns() - begin) / STEPS])
-    del graph
+    graphs.clear()
     run.close(*tensors)
 
 

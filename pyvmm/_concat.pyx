@@ -206,7 +206,8 @@ def concat(cache, new, axis=0, *, capacity=None, layout=None, pool=None):
       gets. A warning says so when it happens at every step.
     - past the capacity the rows move to a reservation of twice the size.
     - what cannot grow in place (another dtype or shape, gradients, subclasses, no memory of
-      its own), and all that is captured into a graph, is left to the framework, with its own result or error.
+      its own), and all that is captured into a graph, is left to the framework, with its own
+      result or error.
 
     concat_stats() counts each of these. The result is equal in value and not in strides:
     it is contiguous only where its layout says so. As with any view, writing into it in place
