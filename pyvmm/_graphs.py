@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import traceback
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from pyvmm._error import CapacityError
+from pyvmm._error import CapacityError, OutOfMemoryError
 from pyvmm._tensor import VTensor
 
 # Kernels may read whole tiles past the length: what they find there is mapped, and finite.
@@ -151,6 +152,9 @@ class Recorded:
         self._graph.replay()
         self._graph.follow(self.tensors, self.n_rows)
         self._lengths = [tensor.length for tensor in self.tensors]
+        # For the next one, while the device is at this one. What fails is said when it is due.
+        with contextlib.suppress(CapacityError, OutOfMemoryError):
+            self._map_ahead()
 
     def _map_ahead(self) -> None:
         has_grown = False
