@@ -104,12 +104,18 @@ class Run:
             work()
         return graph
 
-    def replay_ns(self, graphs: list[torch.cuda.CUDAGraph], nodes: int) -> list[list[float]]:
-        """Device nanoseconds per node of each graph, replayed in turns."""
+    def replay_ns(
+        self,
+        graphs: list[torch.cuda.CUDAGraph],
+        nodes: int,
+        before: Callable[[], object] = lambda: None,
+    ) -> list[list[float]]:
+        """Device nanoseconds per node of each graph, replayed in turns, each after `before`."""
         samples: list[list[float]] = [[] for _ in graphs]
         with torch.cuda.stream(self.stream):
             for round in range(-3, REPLAYS):
                 for graph, times in zip(graphs, samples, strict=True):
+                    before()
                     begin = torch.cuda.Event(enable_timing=True)
                     end = torch.cuda.Event(enable_timing=True)
                     begin.record(self.stream)
@@ -138,8 +144,12 @@ def cat_time(run: Run, new_k: torch.Tensor, new_v: torch.Tensor) -> None:
 
 def append_time(run: Run, id: str, tensors: list[pyvmm.VTensor], rows: list[torch.Tensor]) -> None:
     """Device time of a captured append to all of `tensors`; the rows are looked at, too."""
-    for t in tensors:
-        t.truncate(run.length)
+
+    def rewind() -> None:
+        for t in tensors:
+            t.truncate(run.length, stream=run.stream)
+
+    rewind()
 
     def launches() -> int:
         return sum(t.stats()["driver_calls"]["launch"] for t in tensors)
@@ -151,7 +161,9 @@ def append_time(run: Run, id: str, tensors: list[pyvmm.VTensor], rows: list[torc
     before = launches()
     graph = run.capture(append)
     run.check(f"{id}: one launch for each append", launches() - before == NODES)
-    [samples] = run.replay_ns([graph], NODES)
+    [samples] = run.replay_ns([graph], NODES, rewind)
+    for t in tensors:
+        t.advance(NODES)
     run.bench.report(id, samples, "device/cat-k-and-v" if len(tensors) == 2 else "")
     with torch.cuda.stream(run.stream):
         for t, row in zip(tensors, rows, strict=True):

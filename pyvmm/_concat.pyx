@@ -25,9 +25,12 @@ from pyvmm._libvmm cimport (
     VMM_LAYOUT_C,
     VMM_LAYOUT_LANE,
     VMM_LAYOUT_SEQ,
+    VMM_STREAM_LEGACY,
     vmm_array,
     vmm_axis,
     vmm_base,
+    vmm_device,
+    vmm_device_of,
     vmm_find,
     vmm_length,
     vmm_ndim,
@@ -39,6 +42,7 @@ from pyvmm._libvmm cimport (
     vmm_spec,
     vmm_spec_of,
     vmm_status,
+    vmm_stream_is_capturing,
     vmm_strides,
     vmm_tensor,
     vmm_user,
@@ -202,7 +206,8 @@ def concat(cache, new, axis=0, *, capacity=None, layout=None, pool=None):
       gets. A warning says so when it happens at every step.
     - past the capacity the rows move to a reservation of twice the size.
     - what cannot grow in place (another dtype or shape, gradients, subclasses, no memory of
-      its own) is left to the framework, with its own result or error.
+      its own), and all that is captured into a graph, is left to the framework, with its own
+      result or error.
 
     concat_stats() counts each of these. The result is equal in value and not in strides:
     it is contiguous only where its layout says so. As with any view, writing into it in place
@@ -251,6 +256,8 @@ cpdef object join(Framework framework, object cache, object new, object axis, ob
     tensor = _tensor_at(framework, cache, &old, dimension)
     if not take_in and (tensor is None or not _is_made_here(tensor.handle)):
         return fall_back("not growing", counts)
+    if _is_captured(tensor, &rows):
+        return fall_back("a stream capture", counts)
     if tensor is None:
         return _take_in(framework, cache, &old, new, &rows, dimension, capacity, layout, pool)
     try:
@@ -259,6 +266,21 @@ cpdef object join(Framework framework, object cache, object new, object axis, ob
         if error.status != "VMM_ERR_BUSY":
             raise
         return fall_back("in an out-of-memory callback of its own growth", counts)
+
+
+cdef bint _is_captured(TensorCore tensor, const Source *rows) except -1:
+    """Is the stream that the append would be on being captured? A graph appends when it is
+    replayed, and not before this returns."""
+    cdef vmm_device *device
+    cdef int captured = 0
+    if rows.producer == NULL or rows.producer == VMM_STREAM_LEGACY:
+        return False  # the host, or what is never captured
+    if tensor is not None:
+        device = vmm_device_of(tensor.handle)
+    else:
+        device = default_pool_of(device_name(rows.device)).opened
+    check(vmm_stream_is_capturing(device, rows.producer, &captured))
+    return captured
 
 
 cdef int _dimension(object axis, int ndim):

@@ -11,7 +11,7 @@ from libc.stdint cimport int64_t
 
 from pyvmm._append cimport append_one, append_to_lanes
 from pyvmm._buffer cimport release_buffer
-from pyvmm._core cimport Link, TensorCore, no_copies
+from pyvmm._core cimport TensorCore, no_copies
 from pyvmm._cursor cimport cursor_of
 from pyvmm._device cimport canonical_name
 from pyvmm._dlpack cimport DL_CPU

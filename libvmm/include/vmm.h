@@ -8,11 +8,12 @@
  *
  * This header is the manual. It goes from the simple to the advanced:
  *
- *   1. A first program          6. Growing, appending, shrinking
- *   2. Words                    7. Streams and hand-off
- *   3. Errors                   8. Pins: memory others are looking at
- *   4. Devices                  9. Statistics
- *   5. Pools, tensors          10. Threads, processes, exit
+ *   1. A first program          7. Streams and hand-off
+ *   2. Words                    8. Graphs
+ *   3. Errors                   9. Pins: memory others are looking at
+ *   4. Devices                 10. Statistics
+ *   5. Pools, tensors          11. Threads, processes, exit
+ *   6. Growing, appending, shrinking
  *
  * ---- 1. A first program ---------------------------------------------------
  *
@@ -334,7 +335,7 @@ VMM_API vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor 
 
 /* vmm_close() - give the memory back and free the tensor.
  * On a GPU the memory is queued in the pool, with no driver call; on the host it goes
- * back at once. Returns VMM_ERR_PINNED while pins exist (see 8.), VMM_ERR_BUSY from
+ * back at once. Returns VMM_ERR_PINNED while pins exist (see 9.), VMM_ERR_BUSY from
  * within an out-of-memory callback of its own growth: the tensor then still exists.
  * In a forked child it does nothing. */
 VMM_API vmm_status vmm_close(vmm_tensor *tensor);
@@ -380,7 +381,7 @@ VMM_API void **vmm_user(vmm_tensor *tensor);
 
 /* ---- 6. Growing, appending, shrinking ---------------------------------------
  *
- * One writer at a time for each tensor (see 10.).
+ * One writer at a time for each tensor (see 11.).
  *
  * Lanes may have lengths of their own: the sequences of a batch. Calls name a lane by its
  * index in dimension 0, in layout LANE, and in C where the axis is not 0 (with an axis of 2 or
@@ -543,14 +544,66 @@ VMM_API vmm_status vmm_event_record(vmm_device *device, vmm_stream stream, vmm_e
 VMM_API vmm_status vmm_event_query(vmm_event *event, int *done);
 VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
 
-/* ---- GRAPHS_SECTION
+/* ---- 8. Graphs ----------------------------------------------------------------
+ *
+ * A graph that is captured once can append at every replay, while the tensor grows: the row
+ * that is next is a word on the device, the cursor. vmm_append() and vmm_append_many() of device
+ * sources, on a stream that is being captured, add a kernel to the graph that appends at the
+ * cursor and moves it on, and append nothing now: the host's length stays. Then, for each replay:
+ *
+ *     vmm_map(tensor, vmm_length(tensor) + n);       // ahead; no driver call on most steps
+ *     cuGraphLaunch(graph, stream);
+ *     vmm_advance(tensor, n);                        // the host follows; no wait
+ *
+ * The kernel knows how many rows are mapped. Past them it writes nothing, moves no cursor and
+ * sets a flag, which vmm_advance() reports. vmm_map() has told the device when it returns, so
+ * it must return before the graph is launched. A graph that appends several times, or to several
+ * tensors, overflows for each tensor by itself; truncate those that are ahead.
+ *
+ * Between a replay and its vmm_advance(), vmm_grow() and vmm_append() return VMM_ERR_BUSY. To be
+ * certain of that they wait for the device, as long as a graph lives that appends to the tensor,
+ * and once after; and so does vmm_truncate(), which gives up what has not been followed.
+ *
+ * A graph that appends pins the tensor (see 9.) until it and all that was instantiated of it are
+ * destroyed, which some drivers notice a moment later. Truncating, trimming and mapping are
+ * allowed meanwhile; what a replay finds trimmed away is an overflow.
+ *
+ * A replay is ordered by its stream like any work, and the library does not see it: launch it on
+ * the stream that was captured, or order streams yourself. Not captured: host sources and
+ * vmm_append_lanes() (VMM_ERR_CAPTURING). While appends to a tensor are being captured, growing,
+ * truncating and forking it return VMM_ERR_CAPTURING.
  */
+
+/* vmm_cursor() - the lengths of the tensor in memory of its device, for kernels to read:
+ * vmm_length_count() of them, in `out`. Made by the first call or the first captured append;
+ * from then on kept current, in stream order, by append, grow, truncate and replays. The
+ * address stays. No one else may write there.
+ *   stream   work that it is given from now on finds the cursor current; VMM_STREAM_NONE for
+ *            no such order. On the host it is ignored.
+ * Returns VMM_ERR_INVALID, VMM_ERR_OVERFLOW (a capacity above INT32_MAX), VMM_ERR_OUT_OF_MEMORY,
+ * VMM_ERR_CAPTURING, VMM_ERR_DRIVER, VMM_ERR_BUSY, VMM_ERR_FORKED.
+ * Cost: the first call allocates a few hundred bytes, which no budget counts; others what
+ * vmm_handoff() does. With a cursor, append, grow and truncate launch one more kernel, and
+ * whatever maps or trims writes one word and waits until it is there. Allowed in a capture. */
 VMM_API vmm_status vmm_cursor(vmm_tensor *tensor, vmm_stream stream, int32_t **out);
-VMM_API vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows);
+
+/* Whether the tensor has one, so that vmm_grow() is more than counting. */
 VMM_API int vmm_has_cursor(const vmm_tensor *tensor);
+
+/* vmm_advance() - the host follows replays that have appended: every length becomes `n_rows`
+ * more. The rows are there once the replays have run.
+ * Returns VMM_ERR_INVALID (no append has been captured), VMM_ERR_BUSY, VMM_ERR_FORKED;
+ * VMM_ERR_CAPACITY for an overflow: more rows than are mapped, or a replay has set the flag,
+ * which is taken back. Such a replay has appended nothing: map more, and replay again.
+ * No driver call. */
+VMM_API vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows);
+
+/* vmm_stream_is_capturing() - is it, in `out`: would an append on it be captured? 0 on the host
+ * and for the default stream. Returns VMM_ERR_INVALID, VMM_ERR_CAPTURING (the capture has been
+ * invalidated), VMM_ERR_DRIVER, VMM_ERR_FORKED. One driver call. */
 VMM_API vmm_status vmm_stream_is_capturing(vmm_device *device, vmm_stream stream, int *out);
 
-/* ---- 8. Pins: memory others are looking at -----------------------------------
+/* ---- 9. Pins: memory others are looking at -----------------------------------
  *
  * A pin says that someone outside reads rows of the tensor: a framework's tensor over
  * its memory, say. While a pin on the first n rows exists, truncating below n and closing
@@ -578,7 +631,7 @@ VMM_API void vmm_pin_shown(vmm_tensor *tensor);
 VMM_API size_t vmm_pin_count(const vmm_tensor *tensor);
 VMM_API size_t vmm_pinned_rows(const vmm_tensor *tensor);
 
-/* ---- 9. Statistics ----------------------------------------------------------- */
+/* ---- 10. Statistics ---------------------------------------------------------- */
 
 /* Driver calls, counted by name. */
 /* clang-format off */
@@ -646,10 +699,10 @@ VMM_API vmm_status vmm_pool_statistics(vmm_pool *pool, vmm_pool_stats *out);
 /* The block size of a pool: VMM_BLOCK_AUTO or bytes. */
 VMM_API size_t vmm_pool_block_bytes(const vmm_pool *pool);
 
-/* ---- 10. Threads, processes, exit ---------------------------------------------
+/* ---- 11. Threads, processes, exit ---------------------------------------------
  *
  * Devices and pools may be used from any thread. One tensor has one writer at a time:
- * the calls on it (map, grow, append, truncate, trim, fork, handoff, close, release) must
+ * the calls on it (map, grow, append, advance, cursor, truncate, trim, fork, handoff, close, release) must
  * not run at once; pins may be dropped at any time, and a reference that vmm_find() gave. Objects do not survive fork():
  * in the child every call on one returns VMM_ERR_FORKED, closing and releasing do
  * nothing, and "host" can be opened anew (the memory is kept out of the child).

@@ -35,10 +35,11 @@ static vmm_status make_slab(vmm_pool *pool, uint64_t *tensor_calls, size_t n_cel
     if (!slab)
         return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "cursor", "no host memory left");
     slab->n_cells = n_cells;
-    vmm_status status = DRIVER(pool, tensor_calls, allocate, n_cells * CELL_BYTES, &slab->address);
-    if (!status)
-        status = DRIVER(pool, tensor_calls, allocate_host, n_cells * sizeof *slab->flags, &flags);
+    vmm_status status =
+        DRIVER(pool, tensor_calls, allocate_host, n_cells * sizeof *slab->flags, &flags);
     slab->flags = flags;
+    if (!status)
+        status = DRIVER(pool, tensor_calls, allocate, n_cells * CELL_BYTES, &slab->address);
     if (status) {
         free_slab(pool, slab);
         return status;

@@ -634,8 +634,9 @@ static vmm_status gpu_retain(void *state, vmm_stream stream, void (*release)(voi
         return status;
     }
     status = retain_graph(stream, object);
-    if (status)
-        driver.calls.GPU(UserObjectRelease)(object, 1); /* which calls release(user) */
+    /* This calls release(user). What the driver will not let go of, it never calls for. */
+    if (status && driver.calls.GPU(UserObjectRelease)(object, 1) != GPU_SUCCESS)
+        release(user);
     return leave(&visit, status);
 }
 

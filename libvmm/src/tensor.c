@@ -253,7 +253,9 @@ vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows) {
     range_change change;
     size_t before = tensor->mapped;
     tensor->busy = true;
-    status = tensor_map(tensor, n_rows, VMM_STREAM_NONE, &change);
+    /* It may be called while appends are captured, which a fence must not meet. */
+    status = tensor_map(tensor, n_rows,
+                        tensor->cursor ? order_write_stream(tensor) : VMM_STREAM_NONE, &change);
     if (!status) {
         status = cursor_show_mapped(tensor, tensor->mapped);
         if (!status) {

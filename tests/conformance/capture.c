@@ -1,4 +1,7 @@
 /* capture.c - what a capture is, what ends it badly, what a graph does. */
+#define _GNU_SOURCE
+#include <time.h>
+
 #include "probe.h"
 
 #define NON_BLOCKING CU_STREAM_NON_BLOCKING
@@ -350,6 +353,94 @@ static void replay(void) {
     TRY(cuGraphExecDestroy, exec);
 }
 
+/* ---- what graphs keep ---------------------------------------------------------------------------- */
+static _Atomic int n_gone;
+
+static void gone(void *user) {
+    (void)user;
+    n_gone++;
+}
+
+/* The driver may take its time: a second at most. */
+static void say_gone(const char *word, int expected) {
+    struct timespec pause = {0, 1000000};
+    for (int i = 0; i < 1000 && n_gone < expected; i++)
+        nanosleep(&pause, NULL);
+    say("%s %d gone", word, n_gone);
+}
+
+static CUgraph graph_of_capture(CUstream stream) {
+    CUgraph graph = NULL;
+    int state;
+    MUST(cuStreamGetCaptureInfo, stream, &state, NULL, &graph, NULL, NULL);
+    return graph;
+}
+
+/* Retained while its graph is being captured; it goes with the last that was made of it. */
+static void user_object(void) {
+    CUdeviceptr base = memory();
+    CUstream stream = captured(NON_BLOCKING, GLOBAL);
+    CUuserObject object;
+    CUgraph graph;
+    CUgraphExec exec;
+    n_gone = 0;
+    TRY(cuUserObjectCreate, &object, NULL, gone, 1, CU_USER_OBJECT_NO_DESTRUCTOR_SYNC);
+    TRY(cuGraphRetainUserObject, graph_of_capture(stream), object, 1, CU_GRAPH_USER_OBJECT_MOVE);
+    MUST(cuMemsetD8Async, base, 1, 1, stream);
+    MUST(cuStreamEndCapture, stream, &graph);
+    MUST(cuGraphInstantiateWithFlags, &exec, graph, 0);
+    MUST(cuGraphDestroy, graph);
+    say_gone("graph destroyed,", 0);
+    MUST(cuGraphLaunch, exec, stream);
+    MUST(cuStreamSynchronize, stream);
+    MUST(cuGraphExecDestroy, exec);
+    say_gone("executable destroyed,", 1);
+}
+
+static void user_object_of_a_capture_given_up(void) {
+    CUstream stream = captured(NON_BLOCKING, GLOBAL);
+    CUuserObject object;
+    CUgraph graph = NULL;
+    n_gone = 0;
+    MUST(cuUserObjectCreate, &object, NULL, gone, 1, CU_USER_OBJECT_NO_DESTRUCTOR_SYNC);
+    MUST(cuGraphRetainUserObject, graph_of_capture(stream), object, 1, CU_GRAPH_USER_OBJECT_MOVE);
+    cuda.cuCtxSynchronize(); /* invalidates the capture */
+    TRY(cuStreamEndCapture, stream, &graph);
+    say_gone("", 1);
+}
+
+static void user_object_released(void) {
+    CUuserObject object;
+    n_gone = 0;
+    MUST(cuUserObjectCreate, &object, NULL, gone, 1, CU_USER_OBJECT_NO_DESTRUCTOR_SYNC);
+    TRY(cuUserObjectRelease, object, 1);
+    say_gone("", 1);
+}
+
+/* A copy on a stream of its own, and the wait for it, leave a capture whole, in whatever mode. */
+static void copy_and_wait_beside_a_capture(void) {
+    CUdeviceptr base = memory(), plain = 0;
+    for (int mode = GLOBAL; mode <= RELAXED; mode++) {
+        CUstream stream = captured(NON_BLOCKING, mode), own = NULL;
+        int relaxed = RELAXED, byte = 7, back = 0;
+        void *host = NULL;
+        MUST(cuThreadExchangeStreamCaptureMode, &relaxed);
+        TRY_AS("allocate", cuMemAlloc, &plain, 64);
+        TRY_AS("host", cuMemHostAlloc, &host, 64, 0);
+        TRY_AS("stream", cuStreamCreate, &own, NON_BLOCKING);
+        TRY_AS("write", cuMemcpyHtoDAsync, plain, &byte, sizeof byte, own);
+        TRY_AS("wait", cuStreamSynchronize, own);
+        TRY_AS("read", cuMemcpyDtoHAsync, &back, plain, sizeof back, own);
+        TRY_AS("wait", cuStreamSynchronize, own);
+        MUST(cuThreadExchangeStreamCaptureMode, &relaxed);
+        say("%d", back);
+        MUST(cuMemsetD8Async, base, 1, 1, stream);
+        say_end(stream);
+        MUST(cuMemFree, plain);
+        MUST(cuMemFreeHost, host);
+    }
+}
+
 /* Blocks mapped behind those a graph touches leave it as it was. */
 static void replay_after_growth(void) {
     CUdeviceptr base = new_space(4);
@@ -375,6 +466,10 @@ static const probe probes[] = {
     PROBE(joined_without_work),
     PROBE(capture_ids),
     PROBE(capture_info_of_the_invalidated),
+    PROBE(user_object),
+    PROBE(user_object_of_a_capture_given_up),
+    PROBE(user_object_released),
+    PROBE(copy_and_wait_beside_a_capture),
     PROBE(event_of_a_capture),
     PROBE(synchronise_with_an_event_of_a_capture),
     PROBE(wait_for_an_event_of_the_outside),

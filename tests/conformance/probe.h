@@ -91,6 +91,9 @@
     X(cuStreamBeginCapture, 10010, cuStreamBeginCapture_v2)                                        \
     X(cuStreamEndCapture, 10000, cuStreamEndCapture)                                               \
     X(cuGraphInstantiateWithFlags, 11040, cuGraphInstantiateWithFlags)                             \
+    X(cuUserObjectCreate, 11030, cuUserObjectCreate)                                               \
+    X(cuUserObjectRelease, 11030, cuUserObjectRelease)                                             \
+    X(cuGraphRetainUserObject, 11030, cuGraphRetainUserObject)                                     \
     X(cuGraphGetNodes, 10000, cuGraphGetNodes)                                                     \
     X(cuGraphLaunch, 10000, cuGraphLaunch)                                                         \
     X(cuGraphDestroy, 10000, cuGraphDestroy)                                                       \

@@ -12,7 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "build/append.hipfb"
 SIMULATOR = ROOT / "build/sim/libamdhip64.so"
-NAMES = ("vmm_append_kernel", "vmm_append_kernel_wide", "vmm_append_kernel_pieces")
+NAMES = (
+    "vmm_append_kernel",
+    "vmm_append_kernel_wide",
+    "vmm_append_kernel_pieces",
+    "vmm_append_kernel_cursor",
+    "vmm_cursor_kernel",
+)
 ARCHITECTURES = {"gfx90a", "gfx942"}
 
 

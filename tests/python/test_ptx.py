@@ -22,12 +22,14 @@ def test_declares_the_lowest_version_and_the_kernels():
     text = PTX.read_text()
     assert re.search(r"^\.version 6\.3$", text, re.M)
     assert re.search(r"^\.target sm_75$", text, re.M)
-    names = re.findall(r'^#define VMM_APPEND_KERNEL\w* "(\w+)"', header(), re.M)
+    names = re.findall(r'^#define VMM_\w*KERNEL\w* "(\w+)"', headers(), re.M)
     assert names and sorted(re.findall(r"\.visible \.entry (\w+)\(", text)) == sorted(names)
 
 
-def header():
-    return (ROOT / "libvmm/src/append.h").read_text()
+def headers():
+    return "".join(
+        (ROOT / "libvmm/src" / name).read_text() for name in ("append.h", "cursor_job.h")
+    )
 
 
 @needs_nvcc

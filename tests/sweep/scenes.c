@@ -550,6 +550,95 @@ static vmm_status run_close(world *w) {
 /* The name, and where it runs and what it may do; then what comes before it, the call, whether
  * it was right; then the budget in blocks. */
 #define ONCE (ONE_LAYOUT | ONE_BLOCKS | ONE_SIZE)
+/* ---- cursors and graphs ------------------------------------------------------------------------ */
+
+static void check_cursor_of(world *w, const model *m) {
+    int32_t *address, values[8];
+    size_t n = vmm_length_count(m->tensor);
+    CHECK_OK(vmm_cursor(m->tensor, w->streams[0], &address));
+    synchronize(&w->f);
+    read_device(&w->f, values, (uintptr_t)address, n * sizeof values[0]);
+    for (size_t i = 0; i < n; i++)
+        CHECK_SIZE((size_t)values[i], vmm_lengths(m->tensor)[i]);
+}
+
+static vmm_status run_cursor(world *w) {
+    int32_t *address;
+    return vmm_cursor(FIRST->tensor, w->streams[1], &address);
+}
+
+static void check_cursor(world *w) {
+    check_cursor_of(w, FIRST);
+}
+
+static void with_cursor(world *w) {
+    one_tensor(w);
+    CHECK_OK(run_cursor(w));
+}
+
+static void append_with_cursors(world *w) {
+    append_device_two(w);
+    CHECK_OK(run_cursor(w));
+    check_cursor_of(w, SECOND);
+}
+
+static void check_appended_with_cursors(world *w) {
+    check_appended_two(w);
+    check_cursor_of(w, FIRST);
+    check_cursor_of(w, SECOND);
+}
+
+static void check_grow_with_cursor(world *w) {
+    check_grow(w);
+    check_cursor(w);
+}
+
+static void check_truncate_with_cursor(world *w) {
+    check_cursor(w);
+    check_truncate(w);
+    check_cursor(w);
+}
+
+static void more_mapped_with_cursor(world *w) {
+    more_mapped(w);
+    CHECK_OK(run_cursor(w));
+}
+
+static void append_captured(world *w) {
+    append_device_two(w);
+    world_wait(w);
+    CHECK_CUDA(cuda()->begin_capture(w->streams[1], CUDA_CAPTURE_GLOBAL));
+    w->is_capturing = true;
+}
+
+/* The capture ends here, too: nothing can be looked at within. */
+static vmm_status run_captured(world *w) {
+    if (!w->is_capturing)
+        CHECK_CUDA(cuda()->begin_capture(w->streams[1], CUDA_CAPTURE_GLOBAL));
+    vmm_status status = run_append_two(w);
+    vmm_error error = *vmm_last_error();
+    the_simulator()->fail_none();
+    CHECK_CUDA(cuda()->end_capture(w->streams[1], &w->graph));
+    w->is_capturing = false;
+    if (status)
+        CHECK_CUDA(cuda()->graph_destroy(w->graph));
+    CHECK(error.status == vmm_last_error()->status);
+    return status;
+}
+
+static void check_captured(world *w) {
+    void *exec;
+    CHECK_CUDA(cuda()->instantiate(&exec, w->graph, 0));
+    CHECK_CUDA(cuda()->graph_destroy(w->graph));
+    CHECK_OK(vmm_map(FIRST->tensor, FIRST_ROWS + MORE_ROWS));
+    CHECK_OK(vmm_map(SECOND->tensor, FIRST_ROWS + MORE_ROWS / 2));
+    CHECK_CUDA(cuda()->graph_launch(exec, w->streams[1]));
+    CHECK_OK(vmm_advance(FIRST->tensor, MORE_ROWS));
+    CHECK_OK(vmm_advance(SECOND->tensor, MORE_ROWS / 2));
+    CHECK_CUDA(cuda()->graph_exec_destroy(exec));
+    check_appended_with_cursors(w);
+}
+
 /* clang-format off */
 const scene scenes[] = {
     {"device_query", ONCE, nothing, run_query, check_query, 0},
@@ -601,6 +690,16 @@ const scene scenes[] = {
     {"truncate", ONE_BLOCKS, one_tensor, run_truncate, check_truncate, 0},
     {"trim", ONE_BLOCKS, more_mapped, run_trim, check_trim, 0},
     {"fork", SUBMITS | TAKES_ADDRESSES, one_tensor, run_fork, check_fork, 0},
+    {"cursor", ONE_BLOCKS, one_tensor, run_cursor, check_cursor, 0},
+    {"append_many, with cursors", SUBMITS, append_with_cursors, run_append_two,
+     check_appended_with_cursors, 0},
+    {"append_many, captured", SUBMITS | CUDA_ONLY, append_captured, run_captured, check_captured,
+     0},
+    {"grow, with a cursor", SUBMITS, with_cursor, run_grow, check_grow_with_cursor, 0},
+    {"map, with a cursor", SUBMITS, with_cursor, run_map, check_map, 0},
+    {"truncate, with a cursor", ONE_BLOCKS | SUBMITS, with_cursor, run_truncate,
+     check_truncate_with_cursor, 0},
+    {"trim, with a cursor", ONE_BLOCKS | SUBMITS, more_mapped_with_cursor, run_trim, check_trim, 0},
     {"pin_rows", ONCE, one_tensor, run_pin, check_pin, 0},
     {"handoff", ONCE | CUDA_ONLY, one_tensor, run_handoff, nothing, 0},
     {"handoff, after readers", ONCE | CUDA_ONLY, handoff_after_readers, run_handoff, nothing, 0},

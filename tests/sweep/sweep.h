@@ -64,6 +64,10 @@ typedef struct world {
     vmm_device_info info;
     int done;
 
+    void *graph; /* of a capture that has ended */
+    bool is_capturing;
+
+    long allocations;               /* of the device, before the operation */
     long lost_events;               /* that the driver has refused to destroy, and keeps */
     bool has_abandoned_pool;        /* whose books cannot be seen any more */
     unsigned long long other_bytes; /* of the device, that are not the pools' */

@@ -1,0 +1,224 @@
+"""Appends captured once and replayed while the tensor grows; t.cursor and t.advance()."""
+
+import ctypes
+import gc
+import os
+import time
+
+import numpy as np
+import pytest
+
+import cuda_helper
+import pyvmm
+from conftest import SIMULATED
+from cuda_helper import Capture, InterfaceArray
+from model import pattern, same
+from support import to_numpy
+
+N_REPLAYS = 300 if SIMULATED else 10_000
+
+
+def rows(n, width, seed=0):
+    return pattern((n, width), "float32", seed)
+
+
+def close(t):
+    """The driver may take its time to let go of what a graph kept."""
+    for _ in range(1000):
+        try:
+            return t.close()
+        except BufferError:
+            time.sleep(0.005)
+    return t.close()
+
+
+def cursor_of(t):
+    c = t.cursor
+    return cuda_helper.read(c.ptr, c.shape, c.strides, c.dtype).tolist()
+
+
+# ---- the cursor, everywhere ---------------------------------------------------------
+
+
+def test_cursor_follows_every_change(device):
+    with pyvmm.empty((2, 0, 4), "float32", axis=1, capacity=100, device=device, layout="lane") as t:
+        c = t.cursor
+        assert (c.shape, c.strides, c.dtype, c.ndim, c.nbytes) == ((2,), (4,), np.int32, 1, 8)
+        assert c.device == t.device and c.base is t and "int32" in repr(c)
+        read = (lambda: np.asarray(c).tolist()) if device == "host" else (lambda: cursor_of(t))
+        assert read() == [0, 0]
+        address = c.ptr
+        t.append(np.ones((2, 3, 4), "float32"))
+        assert read() == [3, 3]
+        t.grow(4)
+        assert read() == [7, 7]
+        t.truncate(5)
+        assert read() == [5, 5]
+        t.append(np.ones((1, 2, 4), "float32"), lanes=[1])
+        assert read() == [5, 7]
+        t.truncate([4], lanes=[0])
+        assert read() == [4, 7] == list(t.lengths)
+        t.truncate(3)
+        assert read() == [3, 3]
+        assert t.cursor.ptr == address
+
+
+def test_cursor_on_the_host_is_shared_and_read_only(host):
+    t = pyvmm.empty((0, 4), "float32", axis=0, capacity=10)
+    seen = np.asarray(t.cursor)
+    assert np.from_dlpack(t.cursor).tolist() == [0]
+    t.append(rows(3, 4))
+    assert seen.tolist() == [3] and not seen.flags.writeable
+    assert np.asarray(t.cursor, "int64").dtype == np.int64
+    with pytest.raises((BufferError, TypeError), match="not writable|read only"):
+        ctypes.c_char.from_buffer(t.cursor)
+    with pytest.raises(BufferError):
+        t.close()
+    with pytest.raises(ValueError, match="captured"):
+        t.advance(1)
+    with pytest.raises(TypeError):
+        pyvmm.Cursor()
+    del seen
+    gc.collect()
+    c = t.cursor
+    t.close()
+    with pytest.raises(pyvmm.VMMError):
+        _ = c.shape
+    assert "closed" in repr(c)
+
+
+def test_cursor_on_a_gpu_speaks_the_protocols(cuda):
+    with pyvmm.empty((0, 4), "float32", axis=0, capacity=10, device=cuda) as t:
+        c = t.cursor
+        interface = c.__cuda_array_interface__
+        assert interface["shape"] == (1,) and interface["typestr"] == "<i4"
+        assert interface["data"] == (c.ptr, True)
+        assert c.__dlpack_device__() == t.__dlpack_device__()
+        capsule = c.__dlpack__(stream=cuda_helper.DEFAULT_STREAM, max_version=(1, 0))
+        with pytest.raises(BufferError, match="DLPack"):
+            memoryview(c)
+        with pytest.raises(TypeError, match="lengths"):
+            np.asarray(c)
+        del capsule, c, interface
+
+
+# ---- graphs ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["seq", "lane"])
+def test_replays_through_growth(cuda, streams, arrays, layout):
+    """Right to the last byte, of K and V together, whatever was grown between the replays."""
+    a = streams[0]
+    width = pyvmm.device_info(cuda)["granularity_bytes"] // 16 if SIMULATED else 2048
+    block = None if SIMULATED else "2MiB"
+    shape = (2, 0, width)
+    pair = [
+        pyvmm.empty(
+            shape, "uint8", axis=1, capacity=N_REPLAYS + 10, device=cuda, layout=layout,
+            block_size=block,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    news = [arrays(InterfaceArray, np.zeros((2, 1, width), "uint8"), a) for _ in range(2)]
+    expected = [np.zeros((2, N_REPLAYS, width), "uint8") for _ in range(2)]
+    random = np.random.default_rng(5)
+    with Capture(a) as graph:
+        pyvmm.append_many(pair, news)
+    for step in range(N_REPLAYS):
+        for new, want in zip(news, expected, strict=True):
+            value = random.integers(0, 256, (2, 1, width), "uint8")
+            new.set(value)
+            want[:, step] = value[:, 0]
+        for t in pair:
+            t.map(step + 1)
+        graph.launch(a)
+        for t in pair:
+            t.advance()
+    a.synchronize()
+    for t, want in zip(pair, expected, strict=True):
+        assert t.length == N_REPLAYS
+        assert same(to_numpy(t), want)
+        assert cursor_of(t) == [N_REPLAYS] * t.cursor.shape[0]
+        assert t.stats()["block_count"] > 5
+    graph.close()
+    for t in pair:
+        close(t)
+
+
+def test_overflow_and_a_forgotten_advance(cuda, streams, arrays):
+    a = streams[0]
+    t = pyvmm.empty((0, 4), "float32", axis=0, capacity=1_000_000, device=cuda)
+    x = arrays(InterfaceArray, rows(5, 4), a)
+    t.append(x)
+    with Capture(a) as graph:
+        t.append(x)
+    graph.launch(a)
+    with pytest.raises(pyvmm.VMMError, match=r"advance\(5\)") as error:
+        t.append(x)
+    assert error.value.status == "VMM_ERR_BUSY"
+    with pytest.raises(pyvmm.VMMError, match=r"advance\(5\)"):
+        t.grow(1)
+    t.advance(5)
+    t.grow(t.mapped - t.length)
+    before = to_numpy(t)
+    graph.launch(a)
+    a.synchronize()
+    with pytest.raises(pyvmm.CapacityError, match="overflow"):
+        t.advance(5)
+    assert same(to_numpy(t), before)
+    with pytest.raises(BufferError, match="graph"):
+        t.close()
+    graph.close()
+    close(t)
+
+
+def test_concat_in_a_capture_is_the_frameworks_own(cuda, streams, arrays):
+    """What it returns must be right at once, not when the graph is replayed."""
+    torch = pytest.importorskip("torch")
+    if SIMULATED:
+        pytest.skip("torch does not run on the simulated driver")
+    cache = torch.zeros(1, 4, 8, device=cuda)
+    new = torch.ones(1, 1, 8, device=cuda)
+    cache = pyvmm.torch.cat((cache, new), dim=1)
+    pyvmm.concat_stats(reset=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = pyvmm.torch.cat((cache, new), dim=1)
+    new.fill_(3)
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert out.shape == (1, 6, 8) and torch.equal(out[:, 5:], new)
+    assert pyvmm.concat_stats()["appended"] == 0
+    del graph
+
+
+def test_torch_captures_and_reads_the_cursor(cuda):
+    torch = pytest.importorskip("torch")
+    if SIMULATED:
+        pytest.skip("torch does not run on the simulated driver")
+    n = 2_000 if os.environ.get("PYVMM_TEST_SHORT") else 10_000
+    t = pyvmm.empty((2, 0, 4, 64), "float16", axis=1, capacity=n, device=cuda, layout="lane")
+    source = torch.zeros(2, 1, 4, 64, dtype=torch.float16, device=cuda)
+    step = torch.zeros((), dtype=torch.float16, device=cuda)
+    lengths = torch.from_dlpack(t.cursor)
+    seen = torch.zeros(2, dtype=torch.int32, device=cuda)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.add_(1).remainder_(1000)
+        source.copy_(step)
+        t.append(source)
+        seen.copy_(lengths)
+    for i in range(n):
+        t.map(i + 1)
+        graph.replay()
+        t.advance()
+    torch.cuda.synchronize()
+    expected = (torch.arange(1, n + 1, device=cuda) % 1000).to(torch.float16)
+    out = torch.from_dlpack(t)
+    assert torch.equal(out, expected.view(1, n, 1, 1).expand(2, n, 4, 64))
+    assert seen.tolist() == [n, n] == lengths.tolist()
+    del out, lengths, graph
+    gc.collect()
+    close(t)
