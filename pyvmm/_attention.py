@@ -325,18 +325,20 @@ class Plain(Backend):
         rows, is_read = prepared
         sequence = torch.arange(batch, device=keys.device)[:, None]
 
+        exact = torch.promote_types(query.dtype, torch.float32)
+
         def read(states: torch.Tensor) -> torch.Tensor:
-            taken = states[sequence, :, rows]  # (batch, rows, kv_heads, dim)
+            taken = states[sequence, :, rows].to(exact)  # (batch, rows, kv_heads, dim)
             return taken.view(batch, n_chunks, reads.most_rows, kv_heads, 1, -1)
 
-        queries = query.reshape(batch, 1, 1, kv_heads, heads // kv_heads, dim)
-        scores = (queries * read(keys)).sum(-1).float() * scale
+        queries = query.to(exact).reshape(batch, 1, 1, kv_heads, heads // kv_heads, dim)
+        scores = (queries * read(keys)).sum(-1) * scale
         scores = scores.masked_fill(~is_read[..., None, None], -torch.inf)
         lse = torch.logsumexp(scores, dim=2)
         # Of an empty chunk all weights are zero.
-        weights = torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min)[:, :, None])
-        parts = (weights.to(query.dtype)[..., None] * read(values)).sum(2)
-        lse = lse.reshape(batch, n_chunks, heads).transpose(1, 2)
+        weights = torch.exp(scores - lse.clamp(min=torch.finfo(exact).min)[:, :, None])
+        parts = (weights[..., None] * read(values)).sum(2).to(query.dtype)
+        lse = lse.float().reshape(batch, n_chunks, heads).transpose(1, 2)
         return parts.reshape(batch, n_chunks, heads, -1), lse
 
 

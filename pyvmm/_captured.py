@@ -255,22 +255,9 @@ class Captured:
                 continue
             with contextlib.suppress(ValueError):
                 self._kept.remove(steps)
-            if self._emptied(steps):
+            if steps.hand_over():
                 return layout, steps
         return layout, None
-
-    @staticmethod
-    def _emptied(steps: Steps) -> bool:
-        """Can another cache have these pairs: does nobody see what was in them?"""
-        try:
-            for pair in steps.pairs:
-                pair.follow()
-                if pair.is_shared():
-                    return False
-                pair.truncate(0)
-        except BufferError:
-            return False
-        return True
 
     # -- a captured step
 
@@ -289,19 +276,10 @@ class Captured:
         if length == steps.capacity:
             raise _Unfit  # the next update moves the layers to twice as much
         try:
-            graph = steps.graph_for(length + 1)
+            self.n_growths += steps.replay(length, ids, kwargs.get("position_ids"))
         except CannotCapture as error:
             self._impossible = f"the step cannot be captured: {error}"
             raise _Unfit(self._impossible) from error
-        steps.ids.copy_(ids)
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            steps.positions.fill_(length)
-        else:
-            steps.positions.copy_(positions)
-        n_growths = graph.n_growths
-        graph.replay()
-        self.n_growths += graph.n_growths - n_growths
         for layer in run.layers:
             layer.step_done()
         run.known = length + 1, mask is not None

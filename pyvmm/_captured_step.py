@@ -161,6 +161,8 @@ class Steps:
         self.dropped: tuple[int, ...] = ()
         self.bucket = 0
         self.logits: Any = None
+        # Where the last replay went.
+        self.stream: Any = None
         with torch.inference_mode(False):
             self.ids = torch.zeros((self.batch, 1), dtype=torch.long, device=self.device)
             self.positions = torch.zeros_like(self.ids)
@@ -214,6 +216,37 @@ class Steps:
         if bucket not in self.graphs:
             self.graphs[bucket] = self._record(bucket)
         return self.graphs[bucket]
+
+    def replay(self, length: int, ids: torch.Tensor, positions: torch.Tensor | None) -> int:
+        """One token more; `length` are there. Returns how often the tensors grew for it;
+        `logits` are the next step's to write over."""
+        graph = self.graph_for(length + 1)
+        self.ids.copy_(ids)
+        if positions is None:
+            self.positions.fill_(length)
+        else:
+            self.positions.copy_(positions)
+        n_growths = graph.n_growths
+        graph.replay()
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.current_stream(self.device)
+        return graph.n_growths - n_growths
+
+    def hand_over(self) -> bool:
+        """Can another cache have these pairs, that is, does nobody see what was in them? They
+        are empty then, and this thread's stream is after the last replay."""
+        try:
+            for pair in self.pairs:
+                pair.follow()
+                if pair.is_shared():
+                    return False
+            if self.stream is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            for pair in self.pairs:
+                pair.truncate(0)
+        except BufferError:
+            return False
+        return True
 
     def _record(self, bucket: int) -> Recorded:
         self.bucket = bucket

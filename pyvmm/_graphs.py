@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from pyvmm._error import CapacityError, OutOfMemoryError
 from pyvmm._tensor import VTensor
 
 # Kernels may read whole tiles past the length: what they find there is mapped, and finite.
@@ -129,12 +134,14 @@ class Recorded:
                 for tensor, before in zip(self.tensors, lengths, strict=True):
                     _truncate(tensor, before, self._stream())
 
+        handled = sys.exc_info()[1]  # the caller may be about to mend something else
         try:
             self._graph.record(run, warm_up)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError, CapacityError):
             raise
-        except RuntimeError as error:
-            raise CannotCapture(str(error).splitlines()[0]) from error
+        except Exception as error:
+            # Of any kind: compilers have their own, and the code that is recorded its.
+            raise CannotCapture(_cause(error, handled)) from error
         self._lengths = [tensor.length for tensor in self.tensors]
 
     def replay(self) -> None:
@@ -145,6 +152,9 @@ class Recorded:
         self._graph.replay()
         self._graph.follow(self.tensors, self.n_rows)
         self._lengths = [tensor.length for tensor in self.tensors]
+        # For the next one, while the device is at this one. What fails is said when it is due.
+        with contextlib.suppress(CapacityError, OutOfMemoryError):
+            self._map_ahead()
 
     def _map_ahead(self) -> None:
         has_grown = False
@@ -170,6 +180,16 @@ class Recorded:
             return None
         stream: int = torch.cuda.current_stream(self._device).cuda_stream
         return stream
+
+
+def _cause(error: BaseException, handled: BaseException | None) -> str:
+    """What went wrong first, and where: the end of a capture that has failed fails in turn.
+    `handled` had gone wrong before."""
+    while error.__context__ is not None and error.__context__ is not handled:
+        error = error.__context__
+    where = traceback.extract_tb(error.__traceback__)
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{text} ({Path(where[-1].filename).name}:{where[-1].lineno})" if where else text
 
 
 def _truncate(tensor: VTensor, lengths: tuple[int, ...], stream: int | None) -> None:

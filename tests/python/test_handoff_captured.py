@@ -26,6 +26,8 @@ from transformers_models import generate, prompt  # noqa: E402
 
 DynamicCache = transformers.DynamicCache
 MODELS = "llama", "qwen2", "qwen3", "mistral", "gemma3"
+# `make test` takes one of full and one of both kinds of layers, `make test-frameworks` all.
+OF_MAKE_TEST = "llama", "gemma3"
 
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
@@ -38,7 +40,13 @@ def graphs_of(place):
     return _graphs.EagerGraph if place == "cpu" else _graphs.CudaGraph
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        kind if kind in OF_MAKE_TEST else pytest.param(kind, marks=pytest.mark.frameworks)
+        for kind in MODELS
+    ],
+)
 def model(request, place):
     return models.model_of(request.param, place)
 
@@ -493,7 +501,12 @@ def test_a_step_that_cannot_be_captured(place, monkeypatch):
         raise RuntimeError("an operation that a capture prohibits")
 
     monkeypatch.setattr(_attention, "merge", attend)
-    assert "cannot be captured" in reasons_of(model, prompt(place))
+    try:
+        raise KeyError("something else")
+    except KeyError:
+        reason = reasons_of(model, prompt(place))
+    assert "cannot be captured" in reason
+    assert "test_handoff_captured.py" in reason or place == "cuda"
     assert len(is_first) == 1
 
 
@@ -645,6 +658,47 @@ def test_chunks_against_sdpa(window, n_chunks):
         k, v = (x[b, :, begin:21].repeat_interleave(2, 0) for x in (keys, values))
         expected = torch.nn.functional.scaled_dot_product_attention(query[b], k, v, scale=0.25)
         torch.testing.assert_close(out[b], expected[:, 0])
+
+
+def varlen_by_definition(queries, keys, values, begins_q, begins_k, *_, scale, seqused_k):
+    """What torch's operator does for sequences of one query, on CUDA only: (sequences, heads,
+    dim) and the logsumexp, (heads, sequences), which is +inf where nothing is read."""
+    assert begins_q.tolist() == list(range(len(queries) + 1))
+    assert len(begins_k) == len(begins_q)
+    assert len(seqused_k) == len(queries)
+    repeats = queries.shape[1] // keys.shape[1]
+    out, lse = torch.zeros_like(queries), torch.full(queries.shape[:2], torch.inf)
+    for i, (begin, n) in enumerate(zip(begins_k.tolist(), seqused_k.tolist(), strict=False)):
+        if n:
+            k, v = (x[begin : begin + n].repeat_interleave(repeats, 1) for x in (keys, values))
+            scores = torch.einsum("hd,shd->hs", queries[i], k) * scale
+            lse[i] = scores.logsumexp(-1)
+            out[i] = torch.einsum("hs,shd->hd", scores.softmax(-1), v)
+    return out, lse.T, None, None, None
+
+
+@pytest.mark.parametrize("layout", ["seq", "lane"])
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("n_chunks", [1, 4])
+def test_what_torchs_operator_is_given(monkeypatch, layout, heads, window, n_chunks):
+    monkeypatch.setattr(_attention, "_VARLEN", varlen_by_definition)
+    torch.manual_seed(0)
+    batch, kv_heads, dim, n_rows = 3, 2, 8, 21
+    states = torch.empty(batch, kv_heads, 0, dim)
+    pair = KVPair.reserve(states, states, 5000, layout, None)
+    pair.append(*torch.randn(2, batch, kv_heads, n_rows, dim))
+    query = torch.randn(batch, heads, 1, dim)
+    first = torch.tensor([2] if layout == "seq" else [0, 5, 20], dtype=torch.int32)
+    plan = _attention.plan(torch.full_like(first, n_rows - 1), first, window, n_chunks)
+    reads = _attention.Reads(*plan, -(-32 // n_chunks), pair.reserved[0], layout)
+    results = []
+    for backend in (_attention.Varlen, _attention.Plain):
+        parts, lse = backend.attend(query, *pair.reserved, reads, backend.prepare(reads), 0.3)
+        assert parts.shape == (batch, n_chunks, heads, dim)
+        assert lse is None or lse.shape == (batch, heads, n_chunks)
+        results.append(_attention.merge(parts, lse))
+    torch.testing.assert_close(*results)
 
 
 @pytest.fixture
