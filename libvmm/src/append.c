@@ -256,9 +256,12 @@ static vmm_status copy_one(batch *batch, vmm_tensor *tensor, const copy_plan *pl
         return VMM_OK;
     }
     if (memory == VMM_MEMORY_HOST) {
-        batch->unread = batch->unread ? batch->unread : tensor;
-        return copy_plan_send(plan, tensor->pool, tensor->driver_calls, batch->stream,
-                              &batch->submitted);
+        bool unread = false;
+        vmm_status status = copy_plan_send(plan, tensor->pool, tensor->driver_calls,
+                                           batch->stream, &batch->submitted, &unread);
+        if (unread && !batch->unread)
+            batch->unread = tensor;
+        return status;
     }
     if (batch->n_jobs + batch->n_jobs_wide + batch->n_pieces == 0) {
         batch->pool = tensor->pool;

@@ -109,7 +109,7 @@ static vmm_status wait_read(vmm_pool *pool, uint64_t *tensor_calls, vmm_stream s
 }
 
 vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tensor_calls,
-                          vmm_stream stream, bool *submitted) {
+                          vmm_stream stream, bool *submitted, bool *unread) {
     copy_plan pieces = *plan, gathered = dense_in_destination(plan);
     staging *staging = NULL;
     if (gathered.n_outer < plan->n_outer && plan->run_bytes < WORTH_A_COPY) {
@@ -137,8 +137,10 @@ vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tenso
         status = DRIVER(pool, tensor_calls, copy, dst, (const void *)src, pieces.run_bytes, stream);
         *submitted |= !status;
     } while (!status && next_run(&pieces, pieces.n_outer, index, &dst, &src));
-    if (!staging)
+    if (!staging) {
+        *unread |= *submitted;
         return status;
+    }
     vmm_status waited = wait_read(pool, tensor_calls, stream, status);
     if (!waited)
         free(staging);

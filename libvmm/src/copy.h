@@ -28,11 +28,11 @@ void copy_plan_make(copy_plan *plan, uintptr_t dst, const int64_t *dst_strides, 
 void copy_plan_run(const copy_plan *plan);
 
 /* Copy from host memory by the driver: one copy for each piece that is dense on both sides, or,
- * where these are many and small, gathered first. Behind it, also when it fails, comes
- * copy_wait_read(): the copies read the memory until then. Sets `submitted` once the device has
- * been given any of it, also when it fails then. */
+ * where these are many and small, gathered first. Sets, also when it fails, `submitted` once the
+ * device has been given any of it, and `unread` where the copies go on reading the caller's
+ * memory: then copy_wait_read() comes behind it. */
 vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tensor_calls,
-                          vmm_stream stream, bool *submitted);
+                          vmm_stream stream, bool *submitted, bool *unread);
 /* Wait until what was sent has been read. `status`: of the sending, which is what counts. */
 vmm_status copy_wait_read(vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream,
                           vmm_status status);

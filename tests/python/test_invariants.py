@@ -282,12 +282,12 @@ def test_invariant_06_undo_of_a_copy_that_began(simulator):
         sim = cuda_helper.load()
         pool = pyvmm.Pool("cuda:0")
         tensors = [pyvmm.empty((0, 4), "float32", axis=0, capacity=100, device="cuda:0", pool=pool)
-                   for _ in range(40)]
+                   for _ in range(170)]
         x = cuda_helper.InterfaceArray(np.ones((5, 4), "float32"))
         sim.vmm_sim_hold()
         sim.vmm_sim_fail(b"cuLaunchKernel", 2, 719, 1)
         try:
-            pyvmm.append_many(tensors, [x] * 40)
+            pyvmm.append_many(tensors, [x] * 170)
         except pyvmm.VMMError as error:
             assert error.operation == cuda_helper.driver_name("cuLaunchKernel"), error.operation
         else:
@@ -295,7 +295,7 @@ def test_invariant_06_undo_of_a_copy_that_began(simulator):
         assert sim.vmm_sim_pending() > 0
         assert all(t.length == t.mapped == 0 for t in tensors)
         sim.vmm_sim_go()
-        pyvmm.append_many(tensors, [x] * 40)
+        pyvmm.append_many(tensors, [x] * 170)
         for t in tensors:
             assert (cuda_helper.read(t.ptr, t.shape, t.strides, t.dtype) == 1).all()
             t.close()
