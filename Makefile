@@ -62,7 +62,7 @@ endif
 
 .DELETE_ON_ERROR:
 .PHONY: all help install venv demo demo-llm test test-frameworks soak test-inplace test-programs \
-        inplace lint format ptx dist bench-c reliability clean check-cc check-cxx check-python \
+        inplace lint format ptx dist bench bench-c bench-programs reliability clean check-cc check-cxx check-python \
         check-venv FORCE
 
 all: $(BUILD)/libvmm.so
@@ -89,7 +89,8 @@ help:
 	@echo 'make dist         dist/: an sdist, and a wheel that needs no compiler'
 	@echo 'make planted-defects  plants defects in a copy, one at a time: a test must notice each;'
 	@echo '                  the table goes into docs/RELIABILITY.md'
-	@echo 'make bench-c      the C benchmarks; ARGS="cuda:0 --out FOLDER"'
+	@echo 'make bench        the benchmarks in C and Python; ARGS="cuda:0 --out FOLDER --only append"'
+	@echo 'make bench-c      those in C alone; ARGS="cuda:0 --out FOLDER"'
 	@echo 'make ptx          regenerate libvmm/src/append.ptx (needs nvcc 13.0.88)'
 	@echo 'make venv, clean  the virtual environment alone; remove what was built'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) CC=$(CC) NVCC=PATH or nothing'
@@ -261,7 +262,7 @@ test-programs: $(C_TESTS) $(SWEEP) $(SIM) $(BUILD)/tests/conformance/probes
 
 # What does not compile is a failure that run_tests.py reports with the others. Another make,
 # since setup.py may have installed an nvcc, or built the library, that this one did not see.
-TEST_PROGRAMS = $(MAKE) --no-print-directory --keep-going test-programs || true
+TEST_PROGRAMS = $(MAKE) --no-print-directory --keep-going test-programs bench-programs || true
 
 test: venv $(call have,test) $(foreach name,$(WITH),$(call have,$(name)))
 	@$(IN_VENV)
@@ -302,12 +303,19 @@ test-inplace: inplace
 reliability: $(SWEEP) $(SIM)
 	@$(PYTHON) tests/reliability.py
 
-$(BUILD)/benchmarks/%: benchmarks/%.c $(BUILD)/libvmm.so
+$(BUILD)/benchmarks/%: benchmarks/%.c libvmm/src/append.ptx $(BUILD)/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
 
 bench-c: $(C_BENCHES)
 	@for bench in $(C_BENCHES); do echo "== $$bench"; $$bench $(ARGS) || exit 1; done
+
+# With Python twins, progress and a summary. rich and matplotlib are wanted, not needed.
+bench: venv $(C_BENCHES)
+	@$(IN_VENV)
+	@$(VENV_PYTHON) benchmarks/run.py $(ARGS)
+
+bench-programs: $(C_BENCHES)
 
 # Each defect is planted in a copy of its own, build/defects; DEFECTS="NAME ..." for some.
 .PHONY: planted-defects

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,14 @@ def held(pool):
     stats = pool.stats()
     names = "in_use", "free", "queued", "lookahead", "recycled", "parked"
     return {name: stats[f"{name}_bytes"] for name in names if stats[f"{name}_bytes"]}
+
+
+def close_after_graphs(t):
+    """Close a tensor whose graphs are destroyed: a driver may take its time to let go of what
+    they kept."""
+    for _ in range(1000):
+        try:
+            return t.close()
+        except BufferError:
+            time.sleep(0.005)
+    return t.close()

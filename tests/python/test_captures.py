@@ -9,7 +9,7 @@ import cuda_helper
 import pyvmm
 from cuda_helper import Capture, InterfaceArray
 from model import pattern, same
-from support import to_numpy
+from support import close_after_graphs, to_numpy
 
 
 def rows(n, seed=0):
@@ -118,7 +118,7 @@ def test_tensors_dropped_during_a_capture(cuda, streams, arrays):
     assert same(to_numpy(t), rows(5))
     graph.close()
     late.close()
-    t.close()
+    close_after_graphs(t)
     pool.close()
 
 
@@ -161,7 +161,7 @@ def test_abandoned_pool_takes_no_fence_in_a_capture(cuda, streams, arrays):
         t.advance(5)
         assert same(to_numpy(t), rows(5))
         graph.close()
-        t.close()
+        close_after_graphs(t)
 
 
 def test_callback_that_closes_tensors_in_a_capture(cuda, streams, arrays):

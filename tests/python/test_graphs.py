@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import os
-import time
 
 import numpy as np
 import pytest
@@ -13,23 +12,13 @@ import pyvmm
 from conftest import SIMULATED
 from cuda_helper import Capture, InterfaceArray
 from model import pattern, same
-from support import to_numpy
+from support import close_after_graphs, to_numpy
 
 N_REPLAYS = 300 if SIMULATED else 10_000
 
 
 def rows(n, width, seed=0):
     return pattern((n, width), "float32", seed)
-
-
-def close(t):
-    """The driver may take its time to let go of what a graph kept."""
-    for _ in range(1000):
-        try:
-            return t.close()
-        except BufferError:
-            time.sleep(0.005)
-    return t.close()
 
 
 def cursor_of(t):
@@ -142,7 +131,7 @@ def test_replays_through_growth(cuda, streams, arrays, layout):
         assert t.stats()["block_count"] > 5
     graph.close()
     for t in pair:
-        close(t)
+        close_after_graphs(t)
 
 
 def test_overflow_and_a_forgotten_advance(cuda, streams, arrays):
@@ -169,7 +158,7 @@ def test_overflow_and_a_forgotten_advance(cuda, streams, arrays):
     with pytest.raises(BufferError, match="graph"):
         t.close()
     graph.close()
-    close(t)
+    close_after_graphs(t)
 
 
 def test_concat_in_a_capture_is_the_frameworks_own(cuda, streams, arrays):
@@ -177,6 +166,8 @@ def test_concat_in_a_capture_is_the_frameworks_own(cuda, streams, arrays):
     torch = pytest.importorskip("torch")
     if SIMULATED:
         pytest.skip("torch does not run on the simulated driver")
+    import pyvmm.torch
+
     cache = torch.zeros(1, 4, 8, device=cuda)
     new = torch.ones(1, 1, 8, device=cuda)
     cache = pyvmm.torch.cat((cache, new), dim=1)
@@ -221,4 +212,4 @@ def test_torch_captures_and_reads_the_cursor(cuda):
     assert seen.tolist() == [n, n] == lengths.tolist()
     del out, lengths, graph
     gc.collect()
-    close(t)
+    close_after_graphs(t)
