@@ -60,21 +60,25 @@ def capture(run: Run, pool: pyvmm.Pool, work: Callable[[], object]) -> torch.cud
     return graph
 
 
-def timed_replays(run: Run, n: int, step: Callable[[], object]) -> tuple[list[float], list[float]]:
-    """Host time of each, and device time of a hundred of them."""
-    host, device = [], []
+def timed_replays(
+    run: Run, n: int, *steps: Callable[[], object]
+) -> list[tuple[list[float], list[float]]]:
+    """Host time of each call, and device time of a hundred of them, of each step; a hundred of one
+    after a hundred of the other, for the host's times change within a run."""
+    times: list[tuple[list[float], list[float]]] = [([], []) for _ in steps]
     with torch.cuda.stream(run.stream):
-        for begin in range(0, n, 100):
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record(run.stream)
-            for _ in range(min(100, n - begin)):
-                at = time.perf_counter_ns()
-                step()
-                host.append(time.perf_counter_ns() - at)
-            last.record(run.stream)
-            last.synchronize()
-            device.append(first.elapsed_time(last) * 1e6 / 100)
-    return host, device
+        for _ in range(0, n, 100):
+            for step, (host, device) in zip(steps, times, strict=True):
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                first.record(run.stream)
+                for _ in range(100):
+                    at = time.perf_counter_ns()
+                    step()
+                    host.append(time.perf_counter_ns() - at)
+                last.record(run.stream)
+                last.synchronize()
+                device.append(first.elapsed_time(last) * 1e6 / 100)
+    return times
 
 
 def main() -> int:
@@ -91,27 +95,24 @@ def main() -> int:
     n = run.replays
 
     # The baseline: the same graph with a copy where ours appends.
-    step, rows = new_rows(run)
-    places = [torch.empty_like(row) for row in rows]
+    bare_step, bare_rows = new_rows(run)
+    places = [torch.empty_like(row) for row in bare_rows]
 
-    def make_rows() -> None:
+    def make_rows(step: torch.Tensor, rows: list[torch.Tensor]) -> None:
         for row in rows:
             row.copy_(step.expand(SHAPE))
         step.add_(1)
 
     def bare() -> None:
-        make_rows()
-        for place, row in zip(places, rows, strict=True):
+        make_rows(bare_step, bare_rows)
+        for place, row in zip(places, bare_rows, strict=True):
             place.copy_(row)
 
     with torch.cuda.stream(run.stream):
         bare()
-    graph = capture(run, pool, bare)
-    timed_replays(run, 500, graph.replay)
-    host, device = timed_replays(run, n, graph.replay)
-    run.bench.report("replay/bare", host)
-    run.bench.report("device/bare", device)
+    bare_graph = capture(run, pool, bare)
 
+    step, rows = new_rows(run)
     tensors = [
         pyvmm.empty(
             (SHAPE[0], 0, *SHAPE[2:]),
@@ -133,7 +134,7 @@ def main() -> int:
         step.zero_()
 
     def append() -> None:
-        make_rows()
+        make_rows(step, rows)
         pyvmm.append_many(tensors, rows, stream=run.stream)
 
     graph = capture(run, pool, append)
@@ -149,8 +150,11 @@ def main() -> int:
         v.advance(1)
 
     blocks = [t.stats()["block_count"] for t in tensors]
-    host, device = timed_replays(run, n, ours)
+    timed_replays(run, 500, bare_graph.replay)
+    (host, device), (bare_host, bare_device) = timed_replays(run, n, ours, bare_graph.replay)
     growths = sum(t.stats()["block_count"] for t in tensors) - sum(blocks)
+    run.bench.report("replay/bare", bare_host)
+    run.bench.report("device/bare", bare_device)
     run.bench.report("replay/ours", host, "replay/bare", blocks_mapped=growths)
     run.bench.report("device/ours", device, "device/bare")
     run.check(f"{n} rows in use", all(t.length == n for t in tensors))
