@@ -5,6 +5,7 @@ buffers (EagerGraph), with attention in plain torch: all that surrounds a graph 
 GPU it is what users run."""
 
 import copy
+import functools
 import gc
 import pickle
 import threading
@@ -397,6 +398,7 @@ def test_a_capture_is_apart_from_eager_work(monkeypatch, recorder, work):
     model = models.model_of("llama", "cpu")
     forward, truncate = model.forward, KVPair.truncate
 
+    @functools.wraps(forward)
     def eager(*args, **kwargs):
         if threading.current_thread() is other:
             recorder.is_in.set()
@@ -423,8 +425,7 @@ def test_a_capture_is_apart_from_eager_work(monkeypatch, recorder, work):
     monkeypatch.setattr(KVPair, "truncate", truncated)
     monkeypatch.setattr(model, "forward", eager)
     with _captured.block(model, False, recorder):
-        generate_eagerly = torch.no_grad()
-        with generate_eagerly:
+        with torch.no_grad():
             for ids in (prompt("cpu"), prompt("cpu")):
                 model(ids, past_key_values=cache)
         other.start()
@@ -507,7 +508,9 @@ def test_a_capture_that_others_end_is_tried_once_more(place, n_times):
         recorded.replay()
     assert torch.from_dlpack(t).sum().item() == (8 if recorded else 0)
     # Nobody is kept out any more.
-    thread = threading.Thread(target=lambda: _graphs.CAPTURE.acquire() and _graphs.CAPTURE.release())
+    thread = threading.Thread(
+        target=lambda: _graphs.CAPTURE.acquire() and _graphs.CAPTURE.release()
+    )
     thread.start()
     thread.join(60)
     assert not thread.is_alive()
