@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pyvmm._captured_layers import CapturedLayer, CapturedSliding
 from pyvmm._captured_step import Steps, twin_of
-from pyvmm._graphs import CannotCapture, CudaGraph, Graph
+from pyvmm._graphs import CAPTURE, CannotCapture, CudaGraph, Graph
 from pyvmm._pool import Pool
 from pyvmm.transformers import _DEFAULT_CAPACITY, VMMCache, VMMLayer, _InstalledLayer
 
@@ -96,6 +96,9 @@ class Captured:
         _all.add(self)
         self._impossible: str | None = None
         self.graphs: type[Graph] = CudaGraph if graphs is None else graphs
+        # What is no replay keeps out of other threads' captures, where there are any.
+        has_graphs = graphs is not None or model.device.type == "cuda"
+        self._apart: Any = CAPTURE if has_graphs else contextlib.nullcontext()
         if graphs is None and model.device.type != "cuda":
             self._impossible = f"graphs exist on CUDA devices, and the model is on {model.device}"
         elif type(model).__name__ not in MODELS:
@@ -174,7 +177,8 @@ class Captured:
         except _Unfit as reason:
             if str(reason):
                 self._say(str(reason))
-        return self._eager(**kwargs)
+        with self._apart:
+            return self._eager(**kwargs)
 
     def _say(self, reason: str) -> None:
         with self._lock:
@@ -209,7 +213,7 @@ class Captured:
             raise _Unfit(f"{type(cache).__name__} is no DynamicCache or VMMCache, or offloads")
         if not cache.layers:
             raise _Unfit  # they come with the first update
-        with self._lock:
+        with self._apart, self._lock:
             if not all(
                 _is_adoptable(layer) or isinstance(layer, (CapturedLayer, CapturedSliding))
                 for layer in cache.layers
@@ -224,6 +228,7 @@ class Captured:
                     new: Any = CapturedSliding.after(layer, pool)
                 else:
                     new = CapturedLayer.after(layer, self._capacity, layout)
+                new.apart = self._apart
                 if kept is not None:
                     new.kept = kept.pairs[index]
                 cache.layers[index] = new
@@ -324,14 +329,16 @@ class Captured:
         if is_known and steps is not None:
             pads = steps.pads
         else:
-            pads = _pads(mask, length + 1, batch)
+            with self._apart:
+                pads = _pads(mask, length + 1, batch)
         pairs = [layer.pair_of_step() for layer in run.layers]
         if None in pairs:
             raise _Unfit("the cache cannot be stored in place, or records its past")
         if pairs[0].key_tensor.layout == "seq" and len(set(pads)) > 1:
             pairs = [layer.relayout("lane") for layer in run.layers]
         if steps is None or not steps.is_over(pairs):
-            steps = run.steps = Steps(self, pairs, [layer.window for layer in run.layers])
+            with self._apart:
+                steps = run.steps = Steps(self, pairs, [layer.window for layer in run.layers])
             _give_up_when_short(pairs[0].key_tensor.pool)
         if steps.batch != batch:
             raise _Unfit("the cache has another batch size than the step")

@@ -10,6 +10,9 @@ catch up with the steps when they are looked at.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +23,22 @@ from pyvmm._torch_kv import KVPair, Layout
 from pyvmm.transformers import VMMLayer
 
 
-class _Followed:
-    """`keys` and `values` that are read from the pair where it has grown since."""
+def _apart(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Of what changes the tensors outside of graphs: while no other thread captures."""
 
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.apart:
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+class _Followed:
+    """`keys` and `values` that are read from the pair where it has grown since. `apart`: what
+    is entered by work that no other thread may capture beside."""
+
+    apart: Any = contextlib.nullcontext()
     _pair: KVPair | None = None
     _keys: torch.Tensor | None = None
     _values: torch.Tensor | None = None
@@ -64,6 +80,14 @@ class CapturedLayer(_Followed, VMMLayer):
         super().__init__(capacity, layout=layout, pool=pool)
         self.kept: KVPair | None = None
 
+    update = _apart(VMMLayer.update)
+    crop = _apart(VMMLayer.crop)
+    reset = _apart(VMMLayer.reset)
+    reorder_cache = _apart(VMMLayer.reorder_cache)
+    batch_repeat_interleave = _apart(VMMLayer.batch_repeat_interleave)
+    batch_select_indices = _apart(VMMLayer.batch_select_indices)
+    prefetch = _apart(VMMLayer.prefetch)
+
     @classmethod
     def after(cls, layer: DynamicLayer, capacity: int, layout: Layout | None) -> CapturedLayer:
         """In the place of a layer of transformers' or of pyvmm's, with its tokens."""
@@ -89,8 +113,10 @@ class CapturedLayer(_Followed, VMMLayer):
         pair = self._pair
         if pair is not None and self._keys is pair.keys and self._values is pair.values:
             return pair
-        return self._settle()
+        with self.apart:
+            return self._settle()
 
+    @_apart
     def relayout(self, layout: Layout) -> KVPair | None:
         """The tokens, copied into new memory of that layout."""
         pair = self._settle()
@@ -133,6 +159,7 @@ class CapturedLayer(_Followed, VMMLayer):
             return kept
         return super()._reserve(key_states, value_states, n_tokens)
 
+    @_apart
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = super().__deepcopy__(memo)
         new.kept = None
@@ -181,6 +208,11 @@ class CapturedSliding(_Followed, DynamicSlidingWindowLayer):
             if pair.key_tensor.length < pair.capacity:
                 return pair
             self._follow()
+        with self.apart:
+            return self._into_pair(layout)
+
+    def _into_pair(self, layout: Layout | None) -> KVPair:
+        pair = self._pair
         keys, values = self._keys, self._values
         assert keys is not None and values is not None
         if pair is not None and pair.is_for(keys, values):
@@ -231,7 +263,7 @@ class CapturedSliding(_Followed, DynamicSlidingWindowLayer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = type(self)(self.sliding_window)
-        new._pool = self._pool
+        new._pool, new.apart = self._pool, self.apart
         memo[id(self)] = new
         self._copy_into(new)
         return new

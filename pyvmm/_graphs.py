@@ -17,13 +17,20 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from pyvmm._error import CapacityError, OutOfMemoryError
+from pyvmm._pool import Pool
 from pyvmm._tensor import VTensor
 
 # Kernels may read whole tiles past the length: what they find there is mapped, and finite.
 TILE = 256
 
-# Two captures at once would each see the other's work.
-_CAPTURE = threading.Lock()
+# Held by a capture, and by work of captured steps that is none and no replay either: an append
+# to a tensor that a living graph appends to waits for the whole device, and while any stream of
+# it is captured that fails and ends the capture, whatever the thread. A replay does without.
+CAPTURE = threading.RLock()
+
+
+# What could not be captured: torch's allocators may look at it still.
+_abandoned: list[Any] = []
 
 
 class CannotCapture(RuntimeError):
@@ -34,7 +41,9 @@ class Graph(Protocol):
     """What records a step and runs it again."""
 
     def __init__(self, device: torch.device) -> None: ...
-    def record(self, run: Callable[[], None], warm_up: Callable[[], None]) -> None: ...
+    def record(
+        self, run: Callable[[], None], warm_up: Callable[[], None], pools: Iterable[Pool]
+    ) -> None: ...
     def replay(self) -> None: ...
     def follow(self, tensors: Iterable[VTensor], n_rows: Iterable[int]) -> None: ...
 
@@ -46,20 +55,43 @@ class CudaGraph:
         self._device = device
         self._graph = torch.cuda.CUDAGraph()
 
-    def record(self, run: Callable[[], None], warm_up: Callable[[], None]) -> None:
+    def record(
+        self, run: Callable[[], None], warm_up: Callable[[], None], pools: Iterable[Pool]
+    ) -> None:
         """`warm_up` runs first, on the stream of the capture: libraries initialise themselves,
-        and compilers compile, where the graph must not see it."""
+        and compilers compile, where the graph must not see it. `pools` take no fence meanwhile.
+        """
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             warm_up()
         stream.synchronize()
-        with (
-            _CAPTURE,
-            torch.cuda.device(self._device),
-            torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
-        ):
-            run()
+        memory = torch.cuda.graph_pool_handle()
+        with contextlib.ExitStack() as stack:
+            for pool in pools:
+                stack.enter_context(pool.capturing())
+            # torch.cuda.graph() does not go back to it where the end of the capture fails.
+            stack.enter_context(torch.cuda.stream(torch.cuda.current_stream(self._device)))
+            try:
+                # Of what other threads do, only that counts which no mode allows.
+                with torch.cuda.graph(
+                    self._graph, pool=memory, stream=stream, capture_error_mode="thread_local"
+                ):
+                    run()
+            except BaseException:
+                self._abandon(memory)
+                raise
+
+    def _abandon(self, memory: Any) -> None:
+        """Undo what torch has begun: where the end of a capture fails, its generator and its
+        allocator go on as in one, and the allocator asks this graph whose memory to use."""
+        _abandoned.append(self._graph)
+        self._graph.reset()
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        # Refused where the capture has ended well, or has not begun.
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(index, memory)
+            torch._C._cuda_releasePool(index, memory)
 
     def replay(self) -> None:
         with torch.cuda.device(self._device):
@@ -78,7 +110,9 @@ class EagerGraph:
     def __init__(self, device: torch.device) -> None:
         self._run: Callable[[], None] | None = None
 
-    def record(self, run: Callable[[], None], warm_up: Callable[[], None]) -> None:
+    def record(
+        self, run: Callable[[], None], warm_up: Callable[[], None], pools: Iterable[Pool]
+    ) -> None:
         warm_up()
         self._run = run
 
@@ -114,16 +148,19 @@ class Recorded:
         # Replays before which at least one tensor was given memory.
         self.n_growths = 0
         self._device = device
-        self._graph = make_graph(device)
-        self._record(run)
+        with CAPTURE:
+            self._graph = self._record(run, make_graph)
 
-    def _record(self, run: Callable[[], None]) -> None:
+    def _record(self, run: Callable[[], None], make_graph: type[Graph]) -> Graph:
         for tensor in self.tensors:
             tensor.cursor  # noqa: B018  made here: a capture allocates nothing
         self._map_ahead()
 
+        lengths = [tensor.lengths for tensor in self.tensors]
+        is_warm = False
+
         def warm_up() -> None:
-            lengths = [tensor.lengths for tensor in self.tensors]
+            nonlocal is_warm
             try:
                 run()
                 self.n_rows = [
@@ -131,18 +168,34 @@ class Recorded:
                     for tensor, before in zip(self.tensors, lengths, strict=True)
                 ]
             finally:
-                for tensor, before in zip(self.tensors, lengths, strict=True):
+                go_back()
+            is_warm = True
+
+        def go_back() -> None:
+            for tensor, before in zip(self.tensors, lengths, strict=True):
+                if tensor.lengths != before:
                     _truncate(tensor, before, self._stream())
 
         handled = sys.exc_info()[1]  # the caller may be about to mend something else
-        try:
-            self._graph.record(run, warm_up)
-        except (torch.OutOfMemoryError, MemoryError, CapacityError):
-            raise
-        except Exception as error:
-            # Of any kind: compilers have their own, and the code that is recorded its.
-            raise CannotCapture(_cause(error, handled)) from error
+        unique = {id(tensor.pool): tensor.pool for tensor in self.tensors}
+        pools = [pool for pool in unique.values() if not pool.closed]
+        for is_last in (False, True):
+            is_warm = False
+            graph = make_graph(self._device)
+            try:
+                graph.record(run, warm_up, pools)
+                break
+            except (torch.OutOfMemoryError, MemoryError, CapacityError):
+                go_back()
+                raise
+            except Exception as error:
+                # Of any kind: compilers have their own, and the code that is recorded its.
+                go_back()
+                # Another thread may have ended the capture by what it did; so once more.
+                if is_last or not is_warm:
+                    raise CannotCapture(_cause(error, handled)) from error
         self._lengths = [tensor.length for tensor in self.tensors]
+        return graph
 
     def replay(self) -> None:
         """Once more: memory ahead where there is none yet, the graph, the host's lengths.
@@ -167,7 +220,8 @@ class Recorded:
                 tensor.map(n_rows)  # raises CapacityError
             n_rows = min((n_rows + TILE - 1) // TILE * TILE + TILE, tensor.capacity)
             if self._clean[i] < n_rows:
-                tensor.map(n_rows)
+                with CAPTURE:  # new memory may have to be waited for
+                    tensor.map(n_rows)
                 has_grown |= tensor.mapped > mapped
                 mapped = tensor.mapped
                 fresh = mapped - self._clean[i]

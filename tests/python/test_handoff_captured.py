@@ -5,6 +5,7 @@ buffers (EagerGraph), with attention in plain torch: all that surrounds a graph 
 GPU it is what users run."""
 
 import copy
+import functools
 import gc
 import pickle
 import threading
@@ -350,6 +351,176 @@ def test_threads_over_one_model_and_over_several(place):
         assert len(of_thread) == 3
         assert all(torch.equal(tokens, right) for tokens in of_thread)
     assert all("forward" not in model.__dict__ for model in of_all)
+
+
+class Recorder(_graphs.EagerGraph):
+    """Lets another thread try to come in between the warm-up and the end of a capture."""
+
+    def record(self, run, warm_up, pools):
+        super().record(run, warm_up, pools)
+        if threading.current_thread() is self.thread and not self.begun.is_set():
+            self.begun.set()
+            assert self.is_about_to.wait(60)
+            self.was_in = self.is_in.wait(0.5)
+            type(self).seen.append(self.was_in)
+
+
+@pytest.fixture
+def recorder():
+    class OfTest(Recorder):
+        thread = threading.current_thread()
+        begun, is_about_to, is_in = (threading.Event() for _ in range(3))
+        seen = []
+
+    return OfTest
+
+
+def do_prefill(model, recorder, cache):
+    model(prompt(model.device), use_cache=True)
+
+
+def do_crop(model, recorder, cache):
+    cache.crop(-2)
+
+
+def do_capture(model, recorder, cache):
+    t = pyvmm.empty((0, 4), capacity=100, device="host")
+
+    def step(x):
+        recorder.is_in.set()
+        t.append(x)
+
+    pyvmm.torch._capture(step, t, recorder)(torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("work", [do_prefill, do_crop, do_capture])
+def test_a_capture_is_apart_from_eager_work(monkeypatch, recorder, work):
+    model = models.model_of("llama", "cpu")
+    forward, truncate = model.forward, KVPair.truncate
+
+    @functools.wraps(forward)
+    def eager(*args, **kwargs):
+        if threading.current_thread() is other:
+            recorder.is_in.set()
+        return forward(*args, **kwargs)
+
+    def truncated(*args):
+        if threading.current_thread() is other:
+            recorder.is_in.set()
+        return truncate(*args)
+
+    cache = DynamicCache(config=model.config)
+    failed = []
+
+    def beside():
+        try:
+            assert recorder.begun.wait(60)
+            recorder.is_about_to.set()
+            with torch.no_grad():
+                work(model, recorder, cache)
+        except BaseException as error:
+            failed.append(error)
+
+    other = threading.Thread(target=beside)
+    monkeypatch.setattr(KVPair, "truncate", truncated)
+    monkeypatch.setattr(model, "forward", eager)
+    with _captured.block(model, False, recorder):
+        with torch.no_grad():
+            for ids in (prompt("cpu"), prompt("cpu")):
+                model(ids, past_key_values=cache)
+        other.start()
+        generate(model, prompt("cpu", seed=1))
+        other.join(60)
+    assert not failed
+    assert recorder.seen == [False]
+    assert recorder.is_in.is_set()  # afterwards
+
+
+def test_replays_take_no_lock(llama):
+    """Another thread is at a capture all the while."""
+    holds, is_done = threading.Event(), threading.Event()
+
+    def hold():
+        with _graphs.CAPTURE:
+            holds.set()
+            is_done.wait(60)
+
+    other = threading.Thread(target=hold)
+    ids = prompt(llama.device, length=40)
+    theirs, _ = forced_logits(llama, ids, None, 17)
+    with torch.no_grad(), captured(llama) as block:
+        cache = DynamicCache(config=llama.config)
+        llama(ids[:, :17], past_key_values=cache)
+        llama(ids[:, 17:18], past_key_values=cache)
+        other.start()
+        assert holds.wait(60)
+        logits = [llama(ids[:, i : i + 1], past_key_values=cache).logits for i in range(18, 32)]
+        assert other.is_alive()  # it waits for us, not we for it
+        assert not is_done.is_set()
+        is_done.set()
+        other.join()
+    assert block.n_replays == 15
+    ours = torch.cat(logits)[:, -1].float()
+    torch.testing.assert_close(ours, theirs[2:16, 0], rtol=1e-4, atol=1e-4)
+
+
+def broken(place, n_times):
+    class Broken(graphs_of(place)):
+        n = 0
+
+        def record(self, run, warm_up, pools):
+            def fail():
+                run()
+                type(self).n += 1
+                if self.n <= n_times:
+                    raise RuntimeError("previous error during capture")
+
+            super().record(fail, warm_up, pools)
+            if place == "cpu":
+                fail()
+
+    return Broken
+
+
+@pytest.mark.parametrize("n_times", [1, 2])
+def test_a_capture_that_others_end_is_tried_once_more(place, n_times):
+    device = "host" if place == "cpu" else "cuda:0"
+    t = pyvmm.empty((0, 4), capacity=100, device=device)
+    t.append(torch.zeros(3, 4, device=place))
+    graph = broken(place, n_times)
+    x = torch.ones(1, 4, device=place)
+    stream = torch.cuda.current_stream() if place == "cuda" else None
+    recorded = None
+    if n_times == 1:
+        recorded = _graphs.Recorded(lambda: t.append(x), [t], x.device, graph)
+    else:
+        with pytest.raises(_graphs.CannotCapture, match="previous error"):
+            _graphs.Recorded(lambda: t.append(x), [t], x.device, graph)
+    assert graph.n == 2
+    if place == "cuda":
+        assert torch.cuda.current_stream() == stream
+        torch.randn(3, device=place)  # the generator is out of the capture, too
+        t.truncate(3)
+    else:
+        assert t.length == (4 if n_times == 1 else 3)
+        t.truncate(3)
+    for _ in range(2 if recorded else 0):
+        recorded.replay()
+    assert torch.from_dlpack(t).sum().item() == (8 if recorded else 0)
+    # Nobody is kept out any more.
+    thread = threading.Thread(
+        target=lambda: _graphs.CAPTURE.acquire() and _graphs.CAPTURE.release()
+    )
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_inference_mode(model):
+    expected = generate(model, prompt(model.device, batch=2))
+    with torch.inference_mode(), captured(model) as block:
+        assert torch.equal(generate(model, prompt(model.device, batch=2)), expected)
+        assert not block.reasons
 
 
 # ---- logits under teacher forcing -------------------------------------------------
