@@ -70,14 +70,15 @@ cdef class Cursor:
         cdef vmm_tensor *handle = tensor.enter("cursor")
         with nogil:
             status = vmm_cursor(handle, stream, &values)
+        out.shape[0] = vmm_length_count(handle)
         tensor.leave()
         check(status)
+        self.made()  # another thread may have given it up meanwhile
         out.data = values
         out.device = tensor.target.device
         out.dtype = vmm_dtype(0, 32, 1)
         out.itemsize = 4
         out.ndim = 1
-        out.shape[0] = vmm_length_count(tensor.handle)
         out.strides[0] = 4
         return 0
 

@@ -527,7 +527,8 @@ VMM_API vmm_status vmm_truncate_lanes(vmm_tensor *tensor, size_t n_lanes, const 
 /* vmm_trim() - give back every block that holds no row in use.
  * Always allowed, also under pins. On a GPU the blocks are queued in the pool, and taken
  * back if the tensor grows before the pool needs them.
- * Returns VMM_ERR_BUSY, VMM_ERR_FORKED. No driver call on a GPU. */
+ * Returns VMM_ERR_BUSY, VMM_ERR_FORKED; for a tensor that has a cursor (see 8.) VMM_ERR_CAPTURING
+ * and VMM_ERR_DRIVER, too. No driver call on a GPU without one. */
 VMM_API vmm_status vmm_trim(vmm_tensor *tensor);
 
 /* vmm_fork() - a new tensor with the same spec and pool that holds the first `n_rows` rows.
@@ -584,9 +585,10 @@ VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
  * it must return before the graph is launched. A graph that appends several times, or to several
  * tensors, overflows for each tensor by itself; truncate those that are ahead.
  *
- * Between a replay and its vmm_advance(), vmm_grow() and vmm_append() return VMM_ERR_BUSY. To be
- * certain of that they wait for the device, as long as a graph lives that appends to the tensor,
- * and once after; and so does vmm_truncate(), which gives up what has not been followed.
+ * Between a replay and its vmm_advance(), vmm_grow(), vmm_append() and vmm_trim() return
+ * VMM_ERR_BUSY. To be certain of that they wait for the device, as long as a graph lives that
+ * appends to the tensor, and once after; and so does vmm_truncate(), which gives up what has not
+ * been followed, the flag of an overflow included.
  *
  * A graph that appends pins the tensor (see 9.) until it and all that was instantiated of it are
  * destroyed, which some drivers notice a moment later. Truncating, trimming and mapping are
@@ -595,7 +597,7 @@ VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
  * A replay is ordered by its stream like any work, and the library does not see it: launch it on
  * the stream that was captured, or order streams yourself. Not captured: host sources and
  * vmm_append_lanes() (VMM_ERR_CAPTURING). While appends to a tensor are being captured, growing,
- * truncating and forking it return VMM_ERR_CAPTURING.
+ * truncating, trimming and forking it return VMM_ERR_CAPTURING.
  */
 
 /* vmm_cursor() - the lengths of the tensor in memory of its device, for kernels to read:

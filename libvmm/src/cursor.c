@@ -156,7 +156,6 @@ vmm_status cursor_set(size_t n_tensors, vmm_tensor *const *tensors, vmm_stream s
         if (!cursor || !cursor->has_next)
             continue;
         if (cursor->control) {
-            cursor->stale = true; /* until it is known that it is not */
             status = set_entries(tensors[i], &args, stream, operation);
             continue;
         }
@@ -169,7 +168,9 @@ vmm_status cursor_set(size_t n_tensors, vmm_tensor *const *tensors, vmm_stream s
     for (size_t i = 0; i < n_tensors; i++) {
         tensor_cursor *cursor = tensors[i]->cursor;
         if (cursor && cursor->has_next) {
-            cursor->stale = cursor->stale && status;
+            /* Refused for a capture, nothing has been launched, and it is what it was. */
+            if (cursor->control && status != VMM_ERR_CAPTURING)
+                cursor->stale = status;
             cursor->has_next = false;
         }
     }
@@ -212,6 +213,9 @@ vmm_status cursor_truncate(vmm_tensor *tensor, vmm_stream stream) {
     if (status) {
         const lane_list all = {cursor->n_entries, NULL, cursor->before};
         lanes_set(tensor, &all);
+    } else if (cursor->control) {
+        /* Replays that have not appended are given up like those that have. */
+        __atomic_store_n(cursor->control->flag, 0, __ATOMIC_RELAXED);
     }
     return status;
 }

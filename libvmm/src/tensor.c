@@ -354,6 +354,8 @@ vmm_status vmm_truncate(vmm_tensor *tensor, size_t n_rows, vmm_stream stream) {
 
 vmm_status vmm_trim(vmm_tensor *tensor) {
     vmm_status status = tensor_check(tensor, "trim");
+    if (!status) /* a row that a graph has appended and the host does not count would be lost */
+        status = cursor_check(1, &tensor, order_write_stream(tensor), "trim");
     if (!status) /* first, so that no replay from here on writes what is given up */
         status = cursor_show_mapped(tensor, tensor->length);
     if (status)

@@ -335,6 +335,54 @@ static void test_trim(void) {
     scene_close(&s);
 }
 
+/* An overflow that a truncation has given up is not the next replay's. */
+static void test_overflow_given_up(void) {
+    const int64_t shape[] = {0, (int64_t)f.granularity_bytes / 2};
+    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
+
+    spec.block_bytes = f.granularity_bytes;
+    scene s = scene_open(1, &spec, 1);
+    model *m = &s.model[0];
+    capture(&s, 1);
+    step(&s);
+    step(&s);
+    replay(&s);
+    CHECK_OK(vmm_truncate(m->tensor, --m->length, stream));
+    step(&s);
+    step(&s);
+    check(&s);
+    scene_close(&s);
+}
+
+/* A trim after a replay that the host has not followed would lose its row. */
+static void test_trim_before_advance(void) {
+    const int64_t shape[] = {0, (int64_t)f.granularity_bytes / 2};
+    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
+
+    spec.block_bytes = f.granularity_bytes;
+    scene s = scene_open(1, &spec, 1);
+    vmm_tensor *t = s.model[0].tensor;
+    capture(&s, 1);
+    for (int i = 0; i < 4; i++)
+        step(&s);
+    write_sources(&s);
+    CHECK_OK(vmm_map(t, 6));
+    replay(&s);
+    CHECK_STATUS(vmm_trim(t), VMM_ERR_BUSY);
+    CHECK(strstr(vmm_last_error()->message, "advance(1)"));
+    CHECK_SIZE(vmm_mapped(t), 6);
+    CHECK_OK(vmm_pool_trim(f.pool, 1));
+    advance(&s);
+    step(&s);
+    check(&s);
+    CHECK_OK(vmm_truncate(t, s.model[0].length = 3, VMM_STREAM_NONE));
+    CHECK_OK(vmm_trim(t));
+    CHECK_SIZE(vmm_mapped(t), 4);
+    step(&s);
+    check(&s);
+    scene_close(&s);
+}
+
 /* ---- what the host has not followed ------------------------------------------------------------ */
 
 static void test_forgotten_advance(void) {
@@ -434,6 +482,7 @@ static void test_refused_in_a_capture(void) {
     CHECK_STATUS(vmm_grow(t, 1, NULL), VMM_ERR_CAPTURING);
     CHECK_STATUS(vmm_truncate(t, 1, stream), VMM_ERR_CAPTURING);
     CHECK_STATUS(vmm_truncate(t, 1, VMM_STREAM_NONE), VMM_ERR_CAPTURING);
+    CHECK_STATUS(vmm_trim(t), VMM_ERR_CAPTURING);
     CHECK_OK(vmm_map(t, 100));
     CHECK_OK(vmm_append(t, &s.source[0], stream));
     CHECK_CUDA(cuda()->end_capture(stream, &graph)); /* it has survived all that */
@@ -447,6 +496,31 @@ static void test_refused_in_a_capture(void) {
     check(&s);
     scene_close(&s);
     CHECK_CUDA(cuda()->stream_destroy(outside));
+}
+
+/* What a capture has refused is no reason to write over what a replay appends. */
+static void test_refused_then_replayed(void) {
+    const int64_t shape[] = {0, 64};
+    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
+    scene s = scene_open(1, &spec, 1);
+    vmm_tensor *t = s.model[0].tensor, *tensors[MAX_TENSORS];
+    void *graph;
+
+    gather(&s, tensors);
+    eager(&s);
+    check_cursor(&s.model[0]);
+    CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
+    CHECK_STATUS(vmm_grow(t, 1, NULL), VMM_ERR_CAPTURING);
+    CHECK_OK(vmm_append(t, &s.source[0], stream));
+    CHECK_CUDA(cuda()->end_capture(stream, &graph));
+    CHECK_CUDA(cuda()->instantiate(&s.exec, graph, 0));
+    CHECK_CUDA(cuda()->graph_destroy(graph));
+    write_sources(&s);
+    replay(&s);
+    CHECK_STATUS(vmm_append(t, &s.source[0], stream), VMM_ERR_BUSY);
+    advance(&s);
+    check(&s);
+    scene_close(&s);
 }
 
 /* ---- the graph's pin ---------------------------------------------------------------------------- */
@@ -512,9 +586,12 @@ int main(int argc, char **argv) {
     test_launches();
     test_overflow();
     test_trim();
+    test_overflow_given_up();
+    test_trim_before_advance();
     test_forgotten_advance();
     test_truncate();
     test_refused_in_a_capture();
+    test_refused_then_replayed();
     test_close();
     CHECK_CUDA(cuda()->stream_destroy(stream));
     fixture_close(&f);
