@@ -257,8 +257,8 @@ static vmm_status copy_one(batch *batch, vmm_tensor *tensor, const copy_plan *pl
     }
     if (memory == VMM_MEMORY_HOST) {
         bool unread = false;
-        vmm_status status = copy_plan_send(plan, tensor->pool, tensor->driver_calls,
-                                           batch->stream, &batch->submitted, &unread);
+        vmm_status status = copy_plan_send(plan, tensor->pool, tensor->driver_calls, batch->stream,
+                                           &batch->submitted, &unread);
         if (unread && !batch->unread)
             batch->unread = tensor;
         return status;

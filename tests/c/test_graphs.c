@@ -55,7 +55,8 @@ static void write_sources(scene *s) {
         write_device(&f, (void *)(uintptr_t)s->source[i].data, rows, s->n_rows * vmm_row_bytes(t));
         free(rows);
     }
-    synchronize(&f); /* a copy from pageable memory may end after its call, and not every stream waits */
+    synchronize(
+        &f); /* a copy from pageable memory may end after its call, and not every stream waits */
 }
 
 /* The tensors, which a scene that has been copied has elsewhere. */
