@@ -195,6 +195,7 @@ static void *write_rows(void *argument) {
         pthread_rwlock_rdlock(&captures);
         if (opened) {
             check_subject(&s);
+            append(&s); /* still under way when the tensor is closed */
             CHECK_OK(vmm_close(s.tensor));
         }
         pthread_rwlock_unlock(&captures);
