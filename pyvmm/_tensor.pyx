@@ -475,8 +475,9 @@ cdef class VTensor(TensorCore):
         check(status)
 
     def trim(self):
-        """Give back every block that holds no row in use. Always allowed, also under live
-        exports. Raises VMMError when closed."""
+        """Give back every block that holds no row in use. Allowed under live exports, too.
+        Raises VMMError when closed; between the replay of a graph that has appended and its
+        advance(), and while appends of such a graph are being captured."""
         cdef vmm_status status
         cdef vmm_tensor *handle = self.enter("trim")
         with nogil:
