@@ -70,8 +70,8 @@ DEFECTS = [
         "the length counts the rows of an append that failed",
         "libvmm/src/append.c",
         replaces(
-            "        else if (!status)\n            tensor_set_length(tensors[i], needed);",
-            "        else\n            tensor_set_length(tensors[i], needed);",
+            "        if (status)\n            continue;\n        if (outcome.captured)",
+            "        if (outcome.captured)",
         ),
         C.format("test_undo"),
     ),
@@ -195,7 +195,7 @@ DEFECTS = [
         "rows of a tensor with zero=True are not filled",
         "libvmm/src/tensor.c",
         replaces(
-            "if (!status && tensor->spec.zero) {", "if (!status && tensor->spec.zero && false) {"
+            "if (!status && tensor->spec.zero)\n", "if (!status && tensor->spec.zero && false)\n"
         ),
         C.format("test_zero"),
     ),
@@ -205,6 +205,56 @@ DEFECTS = [
         "libvmm/src/pin.c",
         replaces("bool allowed = *pinned <= n_rows;", "bool allowed = true;"),
         C.format("test_pins"),
+    ),
+    # ---- lanes, cursors and graphs --------------------------------------------------------
+    Defect(
+        "longest",
+        "the length of a ragged tensor is that of its shortest lane",
+        "libvmm/src/lanes.c",
+        replaces(
+            "    tensor_set_length(tensor, most);\n", "    tensor_set_length(tensor, least);\n"
+        ),
+        C.format("test_ragged"),
+    ),
+    Defect(
+        "cursor",
+        "an append does not move the cursor",
+        "libvmm/src/append.c",
+        replaces(
+            "    else if (!status && has_cursor)\n",
+            "    else if (!status && has_cursor && false)\n",
+        ),
+        C.format("test_graphs"),
+    ),
+    Defect(
+        "cursor-mapped",
+        "the device is not told what has been mapped since",
+        "libvmm/src/cursor.c",
+        replaces("cursor->shown_mapped == n_rows)\n", "true || n_rows)\n"),
+        C.format("test_graphs"),
+    ),
+    Defect(
+        "graph-rows",
+        "rows that a graph has appended, and the host does not count, are written over",
+        "libvmm/src/append.c",
+        replaces("    if (!status && may_differ)\n", "    if (!status && may_differ && false)\n"),
+        C.format("test_graphs"),
+    ),
+    Defect(
+        "graph-gone",
+        "a graph that is gone still counts",
+        "libvmm/src/captured.c",
+        replaces(
+            "    __atomic_sub_fetch(&held->tensor->cursor->graphs, 1, __ATOMIC_RELEASE);\n", ""
+        ),
+        C.format("test_graphs"),
+    ),
+    Defect(
+        "overflow",
+        "advance() does not see that a replay came to the end of what is mapped",
+        "libvmm/src/cursor.c",
+        replaces("if (__atomic_load_n(cursor->control->flag, __ATOMIC_ACQUIRE)) {", "if (false) {"),
+        C.format("test_graphs"),
     ),
     # ---- order -----------------------------------------------------------------------------
     Defect(

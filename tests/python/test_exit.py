@@ -348,12 +348,17 @@ def signalled(code, number):
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         process.stdin.close()
-        return process.wait(60), process.stderr.read()
+        try:
+            return process.wait(60), process.stderr.read()
+        finally:
+            process.kill()  # one that has not ended would be waited for without end
 
 
 def test_interrupt_is_raised_once(device):
     """SIGINT from outside in a long loop of appends: one KeyboardInterrupt, whole rows."""
     code = f"""DEVICE = {device!r}\n{PREPARE}
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell has run by & ignores it
 u = make()
 x = np.ones((7, 4), "float32")
 n_interrupts = 0

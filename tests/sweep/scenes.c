@@ -654,8 +654,17 @@ static void more_mapped_with_cursor(world *w) {
     CHECK_OK(run_cursor(w));
 }
 
+/* HIP's captures cannot wait for work outside of them. */
+static void last_written_on(model *m, vmm_stream stream) {
+    CHECK_OK(vmm_truncate(m->tensor, FIRST_ROWS - 1, VMM_STREAM_NONE));
+    m->length--;
+    model_append(m, VMM_UINT8, 1, VMM_MEMORY_HOST, stream);
+}
+
 static void append_captured(world *w) {
     append_device_two(w);
+    for (size_t i = 0; is_hip && i < w->n_models; i++)
+        last_written_on(&w->models[i], w->streams[1]);
     world_wait(w);
     CHECK_CUDA(cuda()->begin_capture(w->streams[1], CUDA_CAPTURE_GLOBAL));
     w->is_capturing = true;
