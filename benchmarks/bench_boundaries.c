@@ -18,7 +18,6 @@
  */
 #include "cuda.h"
 
-#include <sched.h>
 
 #define APPENDS 100000
 #define PAUSE_NS 10e3
@@ -40,11 +39,6 @@ static void work(double ns) {
 
     while (ns > 0 && bench_now() < end)
         ;
-}
-
-static void settle(void) {
-    struct timespec pause = {0, 100 * 1000 * 1000};
-    nanosleep(&pause, NULL);
 }
 
 static void baseline(bench *b, bench_cuda *cuda, size_t row_bytes, int n, double pause_ns,
@@ -76,7 +70,7 @@ static void appends(bench *b, size_t row_bytes, size_t block_bytes, int n, const
     vmm_spec spec = {.ndim = 2, .shape = shape, .dtype = VMM_UINT8};
     static const char *const parts[] = {"all", "within", "boundary"};
     uint64_t n_boundaries = 0, mapped_by_caller = 0;
-    int n_warm = 64;
+    int n_warm = n / 20; /* at the pace of other work: look-ahead learns how fast they come */
     bench_source source;
     vmm_pool *pool;
     vmm_tensor *tensor;
@@ -86,10 +80,13 @@ static void appends(bench *b, size_t row_bytes, size_t block_bytes, int n, const
     BENCH_OK(vmm_pool_set_lookahead(pool, lookahead_bytes));
     bench_source_open(b, pool, row_bytes, &source);
     BENCH_OK(vmm_reserve(pool, &spec, &tensor));
-    for (int i = 0; i < n_warm; i++)
+    for (int i = 0; i < n_warm; i++) {
+        work(PAUSE_NS);
         BENCH_OK(vmm_append(tensor, &source.array, NULL));
+        if (i % BENCH_IN_FLIGHT == 0)
+            bench_wait(b, NULL);
+    }
     bench_wait(b, NULL);
-    settle();
     const uint64_t calls_before = mapping_calls(tensor);
     uint64_t calls = calls_before;
     for (int i = 0; i < n; i++) {

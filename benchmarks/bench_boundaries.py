@@ -60,17 +60,19 @@ def baseline(bench: Bench, row_bytes: int, n: int) -> str:
 
 def appends(bench: Bench, row_bytes: int, block: int, n: int, name: str, base: str) -> None:
     pause_ns = PAUSE_NS if name == "paced" else 0
-    n_warm = 64
+    n_warm = n // 20  # at the pace of other work: look-ahead learns how fast they come
     pool = pyvmm.Pool(bench.device, block_size=block, lookahead=name != "off")
     t = pyvmm.empty(
         (0, row_bytes), "uint8", axis=0, capacity=n + n_warm, device=bench.device, pool=pool
     )
     source = bench.source((1, row_bytes))
     clock, append = time.perf_counter_ns, t.append
-    for _ in range(n_warm):
+    for i in range(n_warm):
+        work(PAUSE_NS)
         append(source)
+        if i % IN_FLIGHT == 0:
+            bench.wait()
     bench.wait()
-    time.sleep(0.1)
     first = calls = mapping_calls(t)
     samples: dict[str, list[float]] = {"all": [], "within": [], "boundary": []}
     mapped_by_caller = 0
