@@ -18,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -274,6 +275,15 @@ static inline void read_device(const fixture *f, void *dst, uintptr_t src, size_
 static inline void synchronize(const fixture *f) {
     if (f->is_gpu)
         CHECK_CUDA(cuda()->synchronize());
+}
+
+/* The driver may take its time to let go of what a graph kept. */
+static inline void wait_for_unpinned(vmm_tensor *tensor) {
+    struct timespec pause = {0, 1000000};
+
+    for (int i = 0; i < 5000 && vmm_pin_count(tensor); i++)
+        nanosleep(&pause, NULL);
+    CHECK_SIZE(vmm_pin_count(tensor), 0);
 }
 
 /* Memory of the device, for sources. */

@@ -139,15 +139,6 @@ static void drop_graph(scene *s) {
     s->exec = NULL;
 }
 
-/* The driver may take its time to let go of what a graph kept. */
-static void wait_for_unpinned(vmm_tensor *tensor) {
-    struct timespec pause = {0, 1000000};
-
-    for (int i = 0; i < 5000 && vmm_pin_count(tensor); i++)
-        nanosleep(&pause, NULL);
-    CHECK_SIZE(vmm_pin_count(tensor), 0);
-}
-
 static void scene_close(scene *s) {
     drop_graph(s);
     synchronize(&f);

@@ -309,6 +309,7 @@ static void test_capture(const fixture *f, int mode) {
     CHECK_CUDA(cuda()->graph_exec_destroy(exec));
     CHECK_CUDA(cuda()->graph_destroy(graph));
     free_rows(f, &r);
+    wait_for_unpinned(m.tensor);
     model_close(&m);
     CHECK_OK(vmm_pool_close(own.pool));
     CHECK_CUDA(cuda()->stream_destroy(stream));

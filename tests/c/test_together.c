@@ -232,14 +232,6 @@ static void step(subject *s, void *exec) {
     note_all(s, 1);
 }
 
-static void wait_for_unpinned(vmm_tensor *tensor) {
-    struct timespec pause = {0, 1000000};
-
-    for (int i = 0; i < 5000 && vmm_pin_count(tensor); i++)
-        nanosleep(&pause, NULL);
-    CHECK_SIZE(vmm_pin_count(tensor), 0);
-}
-
 static void replay_graphs(subject *s) {
     pthread_rwlock_rdlock(&captures);
     bool opened = open_subject(s, 1 + random_below(&s->seed, N_LANES));
