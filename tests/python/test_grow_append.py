@@ -205,21 +205,21 @@ def test_append_many(empty, layout):
 
 
 def test_append_many_is_one_launch(cuda):
-    """32 tensors in one launch, 33 in two."""
+    """160 tensors in one launch, 161 in two."""
     x = cuda_helper.InterfaceArray(rows(2))
     pool = pyvmm.Pool(cuda)
     tensors = [
         pyvmm.empty((0, 4), "float32", axis=0, capacity=100, device=cuda, pool=pool)
-        for _ in range(33)
+        for _ in range(161)
     ]
     for t in tensors:
         t.map(100)
-    for n, launches in ((1, 1), (2, 1), (32, 1), (33, 2)):
+    for n, launches in ((1, 1), (2, 1), (32, 1), (33, 1), (160, 1), (161, 2)):
         before = calls(pool)
         pyvmm.append_many(tensors[:n], [x] * n)
         assert calls_since(before, pool) == {"launch": launches}
     for i, t in enumerate(tensors):
-        times = 4 - (i >= 1) - (i >= 2) - (i >= 32)
+        times = sum(i < n for n in (1, 2, 32, 33, 160, 161))
         assert same(to_numpy(t), np.concatenate([rows(2)] * times))
         t.close()
     pool.close()
