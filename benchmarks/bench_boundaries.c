@@ -18,7 +18,6 @@
  */
 #include "cuda.h"
 
-
 #define APPENDS 100000
 #define PAUSE_NS 10e3
 
