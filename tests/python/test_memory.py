@@ -116,7 +116,8 @@ def test_other_pools_give_back_what_they_recycle():
         t = rows(second, 56)
         print(t.length, first.stats()["recycled_bytes"])
     """)
-    assert said.split() == ["40", "56", "0"]
+    # A fence that waits for the device is not taken at open: the memory is queued until then.
+    assert said.split() == ["0" if cuda_helper.FENCE_WAITS else "40", "56", "0"]
 
 
 def test_an_exhausted_budget_leaves_the_others_alone():
