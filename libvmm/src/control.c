@@ -106,12 +106,6 @@ vmm_status control_take(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, co
     return VMM_OK;
 }
 
-static vmm_status finish_control(pool_entry *entry, pool_work *work, int may_go, bool *gone) {
-    (void)entry, (void)work;
-    *gone = may_go & RECLAIM_USED;
-    return VMM_OK;
-}
-
 /* Under the pool's lock. */
 static void discard_control(pool_entry *entry) {
     control_block *control = (control_block *)entry;
@@ -120,14 +114,7 @@ static void discard_control(pool_entry *entry) {
 }
 
 void control_put(control_block *control) {
-    vmm_pool *pool = control->pool;
-    memset(&control->entry, 0, sizeof control->entry);
-    control->entry.retired = control->entry.trimmed = true; /* of use to nobody */
-    control->entry.reclaim = finish_control;
-    control->entry.discard = discard_control;
-    pthread_mutex_lock(&pool->lock);
-    pool_enqueue_locked(pool, &control->entry);
-    pthread_mutex_unlock(&pool->lock);
+    pool_discard_later(control->pool, &control->entry, discard_control);
 }
 
 void control_destroy(vmm_pool *pool) {

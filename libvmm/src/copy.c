@@ -76,24 +76,8 @@ typedef struct staging {
     char data[];
 } staging;
 
-static vmm_status finish_staging(pool_entry *entry, pool_work *work, int may_go, bool *gone) {
-    (void)entry, (void)work;
-    *gone = may_go & RECLAIM_USED;
-    return VMM_OK;
-}
-
 static void discard_staging(pool_entry *entry) {
     free(entry);
-}
-
-static void queue_staging(staging *staging, vmm_pool *pool) {
-    memset(&staging->entry, 0, sizeof staging->entry);
-    staging->entry.retired = staging->entry.trimmed = true; /* of use to nobody */
-    staging->entry.reclaim = finish_staging;
-    staging->entry.discard = discard_staging;
-    pthread_mutex_lock(&pool->lock);
-    pool_enqueue_locked(pool, &staging->entry);
-    pthread_mutex_unlock(&pool->lock);
 }
 
 /* Pinned memory is read after the call has returned. Also behind a failure, `status`: earlier
@@ -145,7 +129,7 @@ vmm_status copy_plan_send(const copy_plan *plan, vmm_pool *pool, uint64_t *tenso
     if (!waited)
         free(staging);
     else
-        queue_staging(staging, pool);
+        pool_discard_later(pool, &staging->entry, discard_staging);
     return status ? status : waited;
 }
 

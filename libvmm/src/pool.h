@@ -191,6 +191,9 @@ void pool_move_bytes_locked(vmm_pool *pool, pool_entry *entry, pool_state from, 
 /* Under lock: work on what the entry has given up may be under way, so it waits for the next
  * fence, all of it. */
 void pool_enqueue_locked(vmm_pool *pool, pool_entry *entry);
+/* Queue an entry that holds nothing of the pool's and is of use to nobody: `discard` frees it, under
+ * lock, behind the next fence. No driver call, from any thread, no lock held. */
+void pool_discard_later(vmm_pool *pool, pool_entry *entry, void (*discard)(pool_entry *entry));
 /* Under lock: see to it that the pool knows of the entry, as its bytes have changed. */
 void pool_note_locked(vmm_pool *pool, pool_entry *entry);
 

@@ -64,6 +64,19 @@ void pool_enqueue_locked(vmm_pool *pool, pool_entry *entry) {
     pool_note_locked(pool, entry);
 }
 
+static vmm_status finish(pool_entry *entry, pool_work *work, int may_go, bool *gone) {
+    (void)entry, (void)work;
+    *gone = may_go & RECLAIM_USED;
+    return VMM_OK;
+}
+
+void pool_discard_later(vmm_pool *pool, pool_entry *entry, void (*discard)(pool_entry *entry)) {
+    *entry = (pool_entry){.retired = true, .trimmed = true, .reclaim = finish, .discard = discard};
+    pthread_mutex_lock(&pool->lock);
+    pool_enqueue_locked(pool, entry);
+    pthread_mutex_unlock(&pool->lock);
+}
+
 /* ---- reclaiming ------------------------------------------------------------------- */
 
 typedef enum queue_pick {
