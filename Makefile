@@ -46,6 +46,7 @@ LIB_OBJECTS := $(patsubst libvmm/src/%.c,$(BUILD)/obj/%.o,$(wildcard libvmm/src/
 C_TESTS := $(patsubst tests/c/%.c,$(BUILD)/tests/c/%,$(wildcard tests/c/test_*.c))
 SWEEP := $(BUILD)/tests/sweep
 C_BENCHES := $(patsubst benchmarks/%.c,$(BUILD)/benchmarks/%,$(wildcard benchmarks/bench_*.c))
+BARE_LAUNCH := $(BUILD)/benchmarks/libbare_launch.so
 SIM_SOURCES := $(filter-out %/entry.c %/hip_entry.c,$(wildcard tests/sim/*.c))
 SIM := $(if $(SIM_SOURCES),$(BUILD)/sim/libcuda.so.1 $(BUILD)/sim/libamdhip64.so)
 C_FILES = $(wildcard libvmm/*/*.[ch] libvmm/src/*.cu libvmm/src/*.cuh tests/*/*.[ch] benchmarks/*.[ch] \
@@ -311,11 +312,15 @@ bench-c: $(C_BENCHES)
 	@for bench in $(C_BENCHES); do echo "== $$bench"; $$bench $(ARGS) || exit 1; done
 
 # With Python twins, progress and a summary. rich and matplotlib are wanted, not needed.
-bench: venv $(C_BENCHES)
+bench: venv $(C_BENCHES) $(BARE_LAUNCH)
 	@$(IN_VENV)
 	@$(VENV_PYTHON) benchmarks/run.py $(ARGS)
 
-bench-programs: $(C_BENCHES)
+$(BARE_LAUNCH): benchmarks/bare_launch.c libvmm/src/append.ptx
+	@mkdir -p $(@D)
+	$(CC) $(TEST_FLAGS) -fvisibility=hidden -shared -o $@ $< -ldl -lm
+
+bench-programs: $(C_BENCHES) $(BARE_LAUNCH)
 
 # Each defect is planted in a copy of its own, build/defects; DEFECTS="NAME ..." for some.
 .PHONY: planted-defects

@@ -8,6 +8,7 @@ which begins with a framework's name.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 from pathlib import Path
 
@@ -19,7 +20,16 @@ except ModuleNotFoundError:  # built in place and not installed
 from pyvmm import _bench, _measure
 from pyvmm._measure import cpu_name, format_ns, keep_large_blocks, slug, timed
 
-__all__ = ["Bench", "cpu_name", "format_ns", "keep_large_blocks", "slug", "timed", "twin"]
+__all__ = [
+    "Bench",
+    "bare_launches",
+    "cpu_name",
+    "format_ns",
+    "keep_large_blocks",
+    "slug",
+    "timed",
+    "twin",
+]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -43,6 +53,17 @@ class Bench(_measure.Bench):
             options = arguments(name)
             device, out, quick = options.device, options.out, options.quick
         super().__init__(name, not_measured, device, out, quick)
+
+
+def bare_launches(index: int, stream: int, times: int) -> list[float]:
+    """Nanoseconds of each of so many bare launches with the append kernel's signature, from C, in
+    this process: bare_launch.c. Not more than a GPU's queue takes, or they wait for it.
+
+    Raises OSError where `make bench-programs` has not been run."""
+    library = ctypes.CDLL(str(RESULTS.parent.parent / "build/benchmarks/libbare_launch.so"))
+    samples = (ctypes.c_double * times)()
+    library.bare_launches(index, ctypes.c_void_p(stream), times, samples)
+    return list(samples)
 
 
 def twin(name: str) -> None:

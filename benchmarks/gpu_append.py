@@ -9,8 +9,8 @@ K and V of one layer, bfloat16, batch 8, 32 heads of 128:
                   8 heads, 65536 tokens, and of K alone with rows of 2, 16 and 64 KiB
     attention     one decode step (SDPA, flash) over the cache, against the same over
                   torch.empty memory with the same strides
-    host time     of append, append_many and grow from Python, against copying a row into a
-                  slice of a preallocated tensor, and against torch.cat
+    host time     of append, append_many and grow from Python, against bare launches by C in the
+                  same process, copying a row into a slice of a preallocated tensor, and torch.cat
     driver calls  and slack by block size, and what an append costs that needs a block
 
 Every result is checked: the rows against what was appended, attention against attention.
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import Bench, slug
+from bench import Bench, bare_launches, slug
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as attend
 
@@ -289,31 +289,40 @@ def host_time(run: Run) -> None:
     def into_slice(i: int) -> None:
         buffer[:, length + i : length + i + 1].copy_(new_k)
 
-    def measure(id: str, call: Callable[[int], object], n: int = batch, baseline: str = "") -> None:
-        samples = []
-        for round in range(-1, rounds):
+    clock = time.perf_counter_ns
+    samples: dict[str, list[float]] = {"host/bare-launch": []}
+
+    def measure(id: str, call: Callable[..., object], *given: Any, n: int = batch) -> None:
+        """`call(*given)`, or call(i). A round of bare launches before each of its own, for the
+        host's times change within a run."""
+        for round in range(rounds + 1):
             torch.cuda.synchronize(run.device)
+            launches = bare_launches(int(run.device.index or 0), run.stream.cuda_stream, batch)
+            taken = []
             for i in range(n):
-                begin = time.perf_counter_ns()
-                call(i)
-                taken = time.perf_counter_ns() - begin
-                if round >= 0:
-                    samples.append(taken)
+                arguments = given or (i,)
+                begin = clock()
+                call(*arguments)
+                taken.append(float(clock() - begin))
             torch.cuda.synchronize(run.device)
             k.truncate(length)
             v.truncate(length)
-        run.bench.report(id, samples, baseline)
+            if round > 0:  # the first warms up
+                samples["host/bare-launch"] += launches
+                samples.setdefault(id, []).extend(taken)
 
-    cat = "host/cat-k"
-    pair, rows = [k, v], [new_k, new_v]
     with torch.cuda.stream(run.stream):
-        measure(cat, lambda i: torch.cat((cache, new_k), dim=1), 20)
-        measure("host/copy-into-slice", into_slice, baseline=cat)
-        measure("host/append", lambda i: k.append(new_k), baseline=cat)
-        measure("host/append/stream-named", lambda i: k.append(new_k, run.stream), baseline=cat)
-        measure("host/append-many/k-and-v", lambda i: pyvmm.append_many(pair, rows), baseline=cat)
-        measure("host/grow", lambda i: k.grow(1))
-    run.close(k, v)
+        row = run.filled("seq", 1, 1)
+        measure("host/cat-k", lambda i: torch.cat((cache, new_k), dim=1), n=20)
+        measure("host/copy-into-slice", into_slice)
+        measure("host/append", k.append, new_k)
+        measure("host/append/vtensor", k.append, row)
+        measure("host/append/stream-named", k.append, new_k, run.stream)
+        measure("host/append-many/k-and-v", pyvmm.append_many, [k, v], [new_k, new_v])
+        measure("host/grow", k.grow, 1)
+    for id, taken in samples.items():
+        run.bench.report(id, taken, "host/cat-k" if id == "host/copy-into-slice" else "")
+    run.close(k, v, row)
 
 
 def driver_calls(run: Run) -> None:

@@ -7,7 +7,9 @@ is replayed 10 000 times through growth; the host maps ahead of a replay and fol
 In the end every byte is compared. Then a replay past what is mapped: advance() must raise, and no
 byte may have changed.
 
-    replay/ours    host time of t.map(), replay() and t.advance() for a step
+    replay/ours    host time of t.map(), replay() and t.advance() for a step; the graph's tensors
+                   are kept by a pyvmm.GraphPins
+    replay/ours/kept-by-graph  the same where the graph keeps them by a user object of CUDA's
     replay/bare    of replay() alone, of the same graph with a copy into one place for the append
     device/ours, device/bare   device time a replay, by events around 100 of them
     overflow       host time of a replay past the end with the refusal (one sample)
@@ -52,12 +54,77 @@ def new_rows(run: Run) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return step, [torch.empty(SHAPE, dtype=torch.int32, device=run.device) for _ in "kv"]
 
 
-def capture(run: Run, pool: pyvmm.Pool, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def make_rows(step: torch.Tensor, rows: list[torch.Tensor]) -> None:
+    for row in rows:
+        row.copy_(step.expand(SHAPE))
+    step.add_(1)
+
+
+def capture(
+    run: Run, pool: pyvmm.Pool, work: Callable[[], object], is_kept: bool = False
+) -> torch.cuda.CUDAGraph:
+    """`is_kept`: pins in Python keep the tensors, and not the graph."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(run.device)
     with pool.capturing(), torch.cuda.graph(graph, stream=run.stream):
+        if is_kept:
+            pyvmm.GraphPins(run.stream, owner=graph, device=str(run.device))
         work()
     return graph
+
+
+class Growing:
+    """K and V that a graph appends the number of its replay to."""
+
+    def __init__(self, run: Run, pool: pyvmm.Pool, n: int, is_kept: bool) -> None:
+        step, rows = new_rows(run)
+        self.tensors = [
+            pyvmm.empty(
+                (SHAPE[0], 0, *SHAPE[2:]),
+                "int32",
+                axis=1,
+                capacity=2 * n + 1024,
+                device=str(run.device),
+                pool=pool,
+            )
+            for _ in "kv"
+        ]
+        self.k, self.v = self.tensors
+        with torch.cuda.stream(run.stream):
+            pyvmm.append_many(self.tensors, rows, stream=run.stream)  # so that all is loaded
+            for t in self.tensors:
+                t.truncate(0)
+            step.zero_()
+
+        def append() -> None:
+            make_rows(step, rows)
+            pyvmm.append_many(self.tensors, rows, stream=run.stream)
+
+        self.graph = capture(run, pool, append, is_kept)
+        self._blocks = self._block_count()
+
+    def replay(self) -> None:
+        k, v = self.k, self.v
+        end = k.length + 1
+        if end > k.mapped:
+            k.map(end)
+            v.map(end)
+        self.graph.replay()
+        k.advance(1)
+        v.advance(1)
+
+    def _block_count(self) -> int:
+        return sum(t.stats()["block_count"] for t in self.tensors)
+
+    def blocks_mapped(self) -> int:
+        return self._block_count() - self._blocks
+
+    def check(self, run: Run, n: int) -> None:
+        run.check(f"{n} rows in use", all(t.length == n for t in self.tensors))
+        wanted = torch.arange(n, dtype=torch.int32, device=run.device).view(1, n, 1, 1)
+        with torch.cuda.stream(run.stream):
+            for t in self.tensors:
+                run.check("every row", bool((torch.from_dlpack(t) == wanted).all()))
 
 
 def timed_replays(
@@ -98,11 +165,6 @@ def main() -> int:
     bare_step, bare_rows = new_rows(run)
     places = [torch.empty_like(row) for row in bare_rows]
 
-    def make_rows(step: torch.Tensor, rows: list[torch.Tensor]) -> None:
-        for row in rows:
-            row.copy_(step.expand(SHAPE))
-        step.add_(1)
-
     def bare() -> None:
         make_rows(bare_step, bare_rows)
         for place, row in zip(places, bare_rows, strict=True):
@@ -112,58 +174,22 @@ def main() -> int:
         bare()
     bare_graph = capture(run, pool, bare)
 
-    step, rows = new_rows(run)
-    tensors = [
-        pyvmm.empty(
-            (SHAPE[0], 0, *SHAPE[2:]),
-            "int32",
-            axis=1,
-            capacity=2 * n + 1024,
-            device=str(run.device),
-            pool=pool,
-        )
-        for _ in "kv"
-    ]
-    if not hasattr(tensors[0], "advance"):
-        print("this pyvmm has no cursor: VTensor.advance is missing", file=sys.stderr)
-        return 77
-    with torch.cuda.stream(run.stream):
-        pyvmm.append_many(tensors, rows, stream=run.stream)  # so that all is loaded
-        for t in tensors:
-            t.truncate(0)
-        step.zero_()
-
-    def append() -> None:
-        make_rows(step, rows)
-        pyvmm.append_many(tensors, rows, stream=run.stream)
-
-    graph = capture(run, pool, append)
-    k, v = tensors
-
-    def ours() -> None:
-        end = k.length + 1
-        if end > k.mapped:
-            k.map(end)
-            v.map(end)
-        graph.replay()
-        k.advance(1)
-        v.advance(1)
-
-    blocks = [t.stats()["block_count"] for t in tensors]
+    bare_step.zero_()
+    kept, own = Growing(run, pool, n, True), Growing(run, pool, n, False)
     timed_replays(run, 500, bare_graph.replay)
-    (host, device), (bare_host, bare_device) = timed_replays(run, n, ours, bare_graph.replay)
-    growths = sum(t.stats()["block_count"] for t in tensors) - sum(blocks)
-    run.bench.report("replay/bare", bare_host)
-    run.bench.report("device/bare", bare_device)
-    run.bench.report("replay/ours", host, "replay/bare", blocks_mapped=growths)
-    run.bench.report("device/ours", device, "device/bare")
-    run.check(f"{n} rows in use", all(t.length == n for t in tensors))
-    wanted = torch.arange(n, dtype=torch.int32, device=run.device).view(1, n, 1, 1)
-    with torch.cuda.stream(run.stream):
-        for t in tensors:
-            run.check("every row", bool((torch.from_dlpack(t) == wanted).all()))
-
-    overflow(run, graph, tensors)
+    times = timed_replays(run, n, kept.replay, bare_graph.replay, own.replay)
+    for (host, device), name, growing in zip(
+        times, ("ours", "bare", "ours/kept-by-graph"), (kept, None, own), strict=True
+    ):
+        if growing is None:
+            run.bench.report(f"replay/{name}", host)
+            run.bench.report(f"device/{name}", device)
+            continue
+        blocks = growing.blocks_mapped()
+        run.bench.report(f"replay/{name}", host, "replay/bare", blocks_mapped=blocks)
+        run.bench.report(f"device/{name}", device, "device/bare")
+        growing.check(run, n)
+    overflow(run, kept.graph, kept.tensors)
     facts: dict[str, Any] = {"replays": n, "failures": run.failures, "torch": torch.__version__}
     run.bench.close(**facts)
     return 1 if run.failures else 0

@@ -18,6 +18,7 @@ from pyvmm._concat import concat, concat_stats
 from pyvmm._cursor import Cursor
 from pyvmm._device import device_info, devices, library_version
 from pyvmm._error import CapacityError, OutOfMemoryError, VMMError
+from pyvmm._graph_pins import GraphPins
 from pyvmm._pool import Pool, default_pool
 from pyvmm._tensor import VTensor, empty
 from pyvmm._view import View
@@ -27,6 +28,7 @@ __version__ = library_version()
 __all__ = [
     "CapacityError",
     "Cursor",
+    "GraphPins",
     "OutOfMemoryError",
     "Pool",
     "VMMError",

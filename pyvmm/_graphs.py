@@ -17,6 +17,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from pyvmm._error import CapacityError, OutOfMemoryError
+from pyvmm._graph_pins import GraphPins
 from pyvmm._pool import Pool
 from pyvmm._tensor import VTensor
 
@@ -53,7 +54,11 @@ class CudaGraph:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._index = torch.cuda.current_device() if device.index is None else device.index
+        self._name = f"{'hip' if torch.version.hip else 'cuda'}:{self._index}"  # as pyvmm says it
         self._graph = torch.cuda.CUDAGraph()
+        # A graph that kept its tensors by itself would be dearer to launch.
+        self._pins: GraphPins | None = None
 
     def record(
         self, run: Callable[[], None], warm_up: Callable[[], None], pools: Iterable[Pool]
@@ -77,6 +82,7 @@ class CudaGraph:
                 with torch.cuda.graph(
                     self._graph, pool=memory, stream=stream, capture_error_mode="thread_local"
                 ):
+                    self._pins = GraphPins(stream, owner=self._graph, device=self._name)
                     run()
             except BaseException:
                 self._abandon(memory)
@@ -86,12 +92,13 @@ class CudaGraph:
         """Undo what torch has begun: where the end of a capture fails, its generator and its
         allocator go on as in one, and the allocator asks this graph whose memory to use."""
         _abandoned.append(self._graph)
+        if self._pins is not None:
+            self._pins.close()
         self._graph.reset()
-        index = torch.cuda.current_device() if self._device.index is None else self._device.index
         # Refused where the capture has ended well, or has not begun.
         with contextlib.suppress(RuntimeError, AttributeError):
-            torch._C._cuda_endAllocateToPool(index, memory)
-            torch._C._cuda_releasePool(index, memory)
+            torch._C._cuda_endAllocateToPool(self._index, memory)
+            torch._C._cuda_releasePool(self._index, memory)
 
     def replay(self) -> None:
         with torch.cuda.device(self._device):

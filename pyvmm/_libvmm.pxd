@@ -188,6 +188,12 @@ cdef extern from "vmm.h" nogil:
     int vmm_has_cursor(const vmm_tensor *tensor)
     vmm_status vmm_stream_is_capturing(vmm_device *device, vmm_stream stream, int *out)
 
+    ctypedef struct vmm_graph_pins:
+        pass
+
+    vmm_status vmm_graph_pins_open(vmm_device *device, vmm_stream stream, vmm_graph_pins **out)
+    void vmm_graph_pins_close(vmm_graph_pins *pins)
+
     # ---- pins
     ctypedef struct vmm_pin:
         pass

@@ -592,7 +592,9 @@ VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
  *
  * A graph that appends pins the tensor (see 9.) until it and all that was instantiated of it are
  * destroyed, which some drivers notice a moment later. Truncating, trimming and mapping are
- * allowed meanwhile; what a replay finds trimmed away is an overflow.
+ * allowed meanwhile; what a replay finds trimmed away is an overflow. The graph does so by a user
+ * object of CUDA's, for which the driver charges each launch of it (1.7 us on an H100, driver
+ * 580): whoever knows when the graph ends can have the pins instead, vmm_graph_pins_open().
  *
  * A replay is ordered by its stream like any work, and the library does not see it: launch it on
  * the stream that was captured, or order streams yourself. Not captured: host sources and
@@ -623,6 +625,20 @@ VMM_API int vmm_has_cursor(const vmm_tensor *tensor);
  * which is taken back. Such a replay has appended nothing: map more, and replay again.
  * No driver call. */
 VMM_API vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows);
+
+/* vmm_graph_pins_open() - be who keeps the tensors of a graph. Call it while `stream` is being
+ * captured, before what appends: a tensor that is appended to later in this capture, from any
+ * stream of it, is pinned until `out` is closed, and not by the graph.
+ * Returns VMM_ERR_INVALID (NULL, or the stream is not being captured), VMM_ERR_CAPTURING (the
+ * capture has been invalidated), VMM_ERR_DRIVER, VMM_ERR_OUT_OF_MEMORY, VMM_ERR_FORKED. One driver
+ * call. Thread-safe. */
+typedef struct vmm_graph_pins vmm_graph_pins;
+VMM_API vmm_status vmm_graph_pins_open(vmm_device *device, vmm_stream stream, vmm_graph_pins **out);
+
+/* vmm_graph_pins_close() - drop these pins: when the graph and all that was instantiated of it
+ * have been destroyed, or the capture has failed. Replays may still be in flight. Never fails;
+ * NULL is ignored. Thread-safe. */
+VMM_API void vmm_graph_pins_close(vmm_graph_pins *pins);
 
 /* vmm_stream_is_capturing() - is it, in `out`: would an append on it be captured? 0 on the host
  * and for the default stream. Returns VMM_ERR_INVALID, VMM_ERR_CAPTURING (the capture has been

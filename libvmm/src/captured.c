@@ -1,45 +1,20 @@
 /* captured.c - appends on a stream that is being captured: kernels that append at the cursor
- * become part of the graph, and the graph keeps the tensor. */
-#include <stdlib.h>
-
+ * become part of the graph, which pins the tensor. */
 #include "copy.h"
 #include "cursor.h"
 #include "error.h"
+#include "graph_pins.h"
 
 static const char *const operation = "append";
 
 /* ---- the graph's pin ------------------------------------------------------------------- */
-
-typedef struct graph_pin {
-    vmm_tensor *tensor;
-    vmm_pin *pin;
-} graph_pin;
-
-/* When the graph is gone; on any thread, and without the driver. */
-static void unpin_graph(void *user) {
-    graph_pin *held = user;
-    vmm_pin *pin = held->pin;
-    __atomic_sub_fetch(&held->tensor->cursor->graphs, 1, __ATOMIC_RELEASE);
-    free(held);
-    vmm_unpin(pin);
-}
 
 /* Once for each graph. */
 static vmm_status pin_graph(vmm_tensor *tensor, vmm_stream stream, uint64_t capture) {
     tensor_cursor *cursor = tensor->cursor;
     if (cursor->last_capture == capture)
         return VMM_OK;
-    graph_pin *held = malloc(sizeof *held);
-    if (!held)
-        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, operation, "no host memory left");
-    held->tensor = tensor;
-    vmm_status status = vmm_pin_rows(tensor, 0, &held->pin);
-    if (status) {
-        free(held);
-        return status;
-    }
-    __atomic_add_fetch(&cursor->graphs, 1, __ATOMIC_RELAXED);
-    status = DRIVER(tensor->pool, tensor->driver_calls, retain, stream, unpin_graph, held);
+    vmm_status status = graph_pins_add(tensor, stream, capture);
     if (status)
         return status;
     cursor->last_capture = capture;

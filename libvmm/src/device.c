@@ -73,6 +73,7 @@ static vmm_status open_locked(const driver_ops *ops, int index, vmm_device **out
     device->process = vmm_process;
     device->references = 1;
     pthread_mutex_init(&device->fence_lock, NULL);
+    pthread_mutex_init(&device->graph_lock, NULL);
     vmm_status status = ops->open(index, &device->state);
     if (status)
         goto free_device;
@@ -94,6 +95,7 @@ close_state:
     ops->close(device->state);
 free_device:
     pthread_mutex_destroy(&device->fence_lock);
+    pthread_mutex_destroy(&device->graph_lock);
     free(device);
     return status;
 }
@@ -147,6 +149,7 @@ void vmm_device_close(vmm_device *device) {
         vmm_undo_end();
         device->ops->close(device->state);
         pthread_mutex_destroy(&device->fence_lock);
+        pthread_mutex_destroy(&device->graph_lock);
         free(device);
     }
 }

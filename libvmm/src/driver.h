@@ -124,6 +124,8 @@ struct vmm_device {
      * held across driver calls. Taken behind a pool's work lock, before its other one. */
     pthread_mutex_t fence_lock;
     int captures; /* brackets that are open, on any pool of the device; under fence_lock */
+    pthread_mutex_t graph_lock;        /* never held across a driver call */
+    struct vmm_graph_pins *graph_pins; /* that are open, see graph_pins.c */
     struct vmm_device *next;
     struct vmm_pool *abandoned; /* pools that were released, not yet empty; see pool.c */
     char name[32];

@@ -157,8 +157,8 @@ static vmm_status check_device(const vmm_device *device, const char *operation) 
     if (!device)
         return vmm_fail(VMM_ERR_INVALID, operation, "device is NULL");
     if (device->process != vmm_process)
-        return vmm_fail(VMM_ERR_FORKED, operation, "%s was opened by the parent process",
-                        device->name);
+        return vmm_fail(VMM_ERR_FORKED, operation,
+                        "%s was opened by the parent process: open it anew", device->name);
     return VMM_OK;
 }
 
@@ -256,18 +256,21 @@ vmm_status vmm_stream_wait(vmm_device *device, vmm_stream waiter, vmm_stream pro
     return status;
 }
 
-vmm_status vmm_stream_is_capturing(vmm_device *device, vmm_stream stream, int *out) {
-    uint64_t capture = 0;
-    if (!device || !out)
-        return vmm_fail(VMM_ERR_INVALID, "stream_is_capturing", "device or out is NULL");
-    *out = 0;
-    if (device->process != vmm_process)
-        return vmm_fail(VMM_ERR_FORKED, "stream_is_capturing",
-                        "%s was opened by the parent process: open it anew", device->name);
+vmm_status order_capture_on(vmm_device *device, vmm_stream stream, const char *operation,
+                            uint64_t *capture) {
+    *capture = 0;
+    vmm_status status = check_device(device, operation);
     /* The default stream is never captured, and while others are it may not be asked. */
-    if (!device->ops->is_async || !stream || stream == VMM_STREAM_LEGACY)
-        return VMM_OK;
-    vmm_status status = device->ops->stream_capture(device->state, stream, &capture);
+    if (status || !device->ops->is_async || !stream || stream == VMM_STREAM_LEGACY)
+        return status;
+    return device->ops->stream_capture(device->state, stream, capture);
+}
+
+vmm_status vmm_stream_is_capturing(vmm_device *device, vmm_stream stream, int *out) {
+    uint64_t capture;
+    if (!out)
+        return vmm_fail(VMM_ERR_INVALID, "stream_is_capturing", "out is NULL");
+    vmm_status status = order_capture_on(device, stream, "stream_is_capturing", &capture);
     *out = capture != 0;
     return status;
 }

@@ -136,6 +136,9 @@ void order_after_write(vmm_tensor *tensor, vmm_stream stream);
 vmm_status order_add_wait(vmm_tensor *tensor, vmm_stream stream);
 /* The capture that `stream` is part of, 0 for none. */
 vmm_status order_capture_of(vmm_tensor *tensor, vmm_stream stream, uint64_t *capture);
+/* The same without a tensor, of any stream of the device. Checks the device. */
+vmm_status order_capture_on(vmm_device *device, vmm_stream stream, const char *operation,
+                            uint64_t *capture);
 
 /* pin.c: shorten the tensor, unless a pin covers a row beyond; `pinned` says how far. */
 bool pin_truncate(vmm_tensor *tensor, size_t n_rows, size_t *pinned);

@@ -566,6 +566,97 @@ static void test_close(void) {
     scene_close(&s);
 }
 
+/* ---- kept by another --------------------------------------------------------------------- */
+
+static size_t retains(const model *m) {
+    vmm_tensor_stats stats;
+    CHECK_OK(vmm_stats(m->tensor, &stats));
+    return stats.driver_calls[VMM_CALL_retain];
+}
+
+/* The tensors are pinned by who was asked to, the graph has no object for it, and they can be
+ * closed when the pins are, at once and with a replay in flight. */
+static void test_graph_pins(void) {
+    const int64_t rows[] = {0, (int64_t)f.granularity_bytes / 2};
+    vmm_spec spec = spec_of(2, rows, 0, VMM_LAYOUT_SEQ);
+    vmm_graph_pins *pins, *other;
+    void *graph, *second;
+
+    spec.block_bytes = f.granularity_bytes;
+    CHECK_STATUS(vmm_graph_pins_open(f.device, stream, &pins), VMM_ERR_INVALID);
+    CHECK(!pins);
+    CHECK_STATUS(vmm_graph_pins_open(f.device, NULL, &pins), VMM_ERR_INVALID);
+    CHECK_STATUS(vmm_graph_pins_open(NULL, stream, &pins), VMM_ERR_INVALID);
+    CHECK_STATUS(vmm_graph_pins_open(f.device, stream, NULL), VMM_ERR_INVALID);
+    vmm_graph_pins_close(NULL);
+
+    scene s = scene_open(2, &spec, 1);
+    vmm_tensor *tensors[2];
+    gather(&s, tensors);
+    CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
+    CHECK_OK(vmm_graph_pins_open(f.device, stream, &pins));
+    CHECK_OK(vmm_append_many(2, tensors, s.source, stream));
+    CHECK_OK(vmm_append(tensors[1], &s.source[1], stream));
+    CHECK_CUDA(cuda()->end_capture(stream, &graph));
+    CHECK_CUDA(cuda()->instantiate(&s.exec, graph, 0));
+    CHECK_CUDA(cuda()->graph_destroy(graph));
+    CHECK_SIZE(retains(&s.model[0]) + retains(&s.model[1]), 0);
+
+    /* Another capture, by a graph that keeps its tensor itself. */
+    CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
+    CHECK_OK(vmm_append(tensors[0], &s.source[0], stream));
+    CHECK_CUDA(cuda()->end_capture(stream, &second));
+    CHECK_SIZE(retains(&s.model[0]), 1);
+    CHECK_SIZE(vmm_pin_count(tensors[0]), 2);
+    CHECK_CUDA(cuda()->graph_destroy(second));
+    const struct timespec pause = {.tv_nsec = 1000000};
+    for (int i = 0; i < 2000 && vmm_pin_count(tensors[0]) > 1; i++)
+        nanosleep(&pause, NULL);
+    CHECK_SIZE(vmm_pin_count(tensors[0]), 1);
+
+    write_sources(&s);
+    for (int i = 0; i < 2; i++)
+        CHECK_OK(vmm_map(tensors[i], 2));
+    replay(&s);
+    CHECK_OK(vmm_advance(tensors[0], 1));
+    CHECK_OK(vmm_advance(tensors[1], 2));
+    model_extend(&s.model[0], s.first[0], 1);
+    model_extend(&s.model[1], s.first[1], 1);
+    model_extend(&s.model[1], s.first[1], 1);
+    check(&s);
+    for (int i = 0; i < 2; i++) {
+        CHECK_SIZE(vmm_pin_count(tensors[i]), 1);
+        CHECK_SIZE(vmm_pinned_rows(tensors[i]), 0);
+        CHECK_STATUS(vmm_close(tensors[i]), VMM_ERR_PINNED);
+        CHECK(strstr(vmm_last_error()->message, "graph"));
+        CHECK_OK(vmm_map(tensors[i], 4));
+    }
+
+    /* Of a capture that nothing is appended in, and of one that has failed. */
+    CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
+    CHECK_OK(vmm_graph_pins_open(f.device, stream, &other));
+    vmm_graph_pins_close(other);
+    CHECK_OK(vmm_graph_pins_open(f.device, stream, &other));
+    CHECK_OK(vmm_append(tensors[0], &s.source[0], stream));
+    CHECK_SIZE(vmm_pin_count(tensors[0]), 2);
+    CHECK_CUDA(cuda()->end_capture(stream, &graph));
+    vmm_graph_pins_close(other);
+    CHECK_SIZE(vmm_pin_count(tensors[0]), 1);
+    CHECK_CUDA(cuda()->graph_destroy(graph));
+
+    write_sources(&s);
+    replay(&s); /* in flight, or not */
+    CHECK_CUDA(cuda()->graph_exec_destroy(s.exec));
+    vmm_graph_pins_close(pins);
+    for (int i = 0; i < 2; i++) {
+        CHECK_SIZE(vmm_pin_count(tensors[i]), 0);
+        CHECK_OK(vmm_close(tensors[i]));
+    }
+    CHECK_OK(vmm_pool_trim(f.pool, 1));
+    for (int i = 0; i < 2; i++)
+        device_free(&f, (void *)(uintptr_t)s.source[i].data);
+}
+
 int main(int argc, char **argv) {
     f = fixture_open(argc, argv, 0, 0);
     if (!f.is_gpu)
@@ -584,6 +675,7 @@ int main(int argc, char **argv) {
     test_refused_in_a_capture();
     test_refused_then_replayed();
     test_close();
+    test_graph_pins();
     CHECK_CUDA(cuda()->stream_destroy(stream));
     fixture_close(&f);
     return 0;

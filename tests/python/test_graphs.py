@@ -1,5 +1,6 @@
 """Appends captured once and replayed while the tensor grows; t.cursor and t.advance()."""
 
+import copy
 import ctypes
 import gc
 import os
@@ -159,6 +160,67 @@ def test_overflow_and_a_forgotten_advance(cuda, streams, arrays):
         t.close()
     graph.close()
     close_after_graphs(t)
+
+
+class Owner:
+    """Something that weak references can refer to, as frameworks' graphs are."""
+
+
+def test_graph_pins_keep_the_tensors(cuda, streams, arrays):
+    """In the graph's place: until the owner has gone, or until they are closed."""
+    a = streams[0]
+    t = pyvmm.empty((0, 64), "uint8", axis=0, capacity=100, device=cuda)
+    new = arrays(InterfaceArray, np.ones((1, 64), "uint8"), a)
+    owner = Owner()
+    with Capture(a) as graph:
+        pins = pyvmm.GraphPins(int(a), owner=owner, device=cuda)
+        t.append(new)
+    assert t.stats()["driver_calls"]["retain"] == 0
+    del pins
+    gc.collect()
+    for step in range(5):
+        t.map(step + 1)
+        graph.launch(a)
+        t.advance()
+    with pytest.raises(BufferError, match="graph"):
+        t.close()
+    graph.close()
+    with pytest.raises(BufferError, match="graph"):
+        t.close()
+    del owner
+    gc.collect()
+    assert to_numpy(t).tolist() == [[1] * 64] * 5
+    t.close()
+
+    t = pyvmm.empty((0, 64), "uint8", axis=0, capacity=100, device=cuda)
+    with Capture(a) as graph:
+        pins = pyvmm.GraphPins(int(a), device=cuda)
+        t.append(new)
+    graph.close()
+    with pytest.raises(BufferError, match="graph"):
+        t.close()
+    pins.close()
+    pins.close()
+    t.close()
+
+
+def test_graph_pins_say_what_is_wrong(cuda, streams):
+    a = streams[0]
+    with pytest.raises(ValueError, match="captured"):
+        pyvmm.GraphPins(int(a), device=cuda)
+    with pytest.raises(ValueError, match="captured"):
+        pyvmm.GraphPins(0, device="host")
+    with pytest.raises(TypeError, match="weak"):
+        pyvmm.GraphPins(int(a), owner=3, device=cuda)
+    with pytest.raises(TypeError, match="stream"):
+        pyvmm.GraphPins(None, device=cuda)
+    with Capture(a) as graph:
+        pins = pyvmm.GraphPins(int(a), device=cuda)
+        with pytest.raises(TypeError, match="another"):
+            pins.__init__(int(a), device=cuda)
+        with pytest.raises(TypeError, match="copied"):
+            copy.copy(pins)
+    graph.close()
 
 
 def test_concat_in_a_capture_is_the_frameworks_own(cuda, streams, arrays):

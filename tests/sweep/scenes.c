@@ -670,17 +670,30 @@ static void append_captured(world *w) {
     w->is_capturing = true;
 }
 
+static void append_captured_and_kept(world *w) {
+    w->is_kept = true;
+    append_captured(w);
+}
+
 /* The capture ends here, too: nothing can be looked at within. */
 static vmm_status run_captured(world *w) {
+    vmm_graph_pins *pins = NULL;
+    vmm_status status = VMM_OK;
     if (!w->is_capturing)
         CHECK_CUDA(cuda()->begin_capture(w->streams[1], CUDA_CAPTURE_GLOBAL));
-    vmm_status status = run_append_two(w);
+    if (w->is_kept)
+        status = vmm_graph_pins_open(w->f.device, w->streams[1], &pins);
+    if (!status)
+        status = run_append_two(w);
     vmm_error error = *vmm_last_error();
     the_simulator()->fail_none();
     CHECK_CUDA(cuda()->end_capture(w->streams[1], &w->graph));
     w->is_capturing = false;
-    if (status)
+    if (status) {
         CHECK_CUDA(cuda()->graph_destroy(w->graph));
+        vmm_graph_pins_close(pins);
+    } else
+        w->pins = pins;
     CHECK(error.status == vmm_last_error()->status);
     return status;
 }
@@ -695,6 +708,7 @@ static void check_captured(world *w) {
     CHECK_OK(vmm_advance(FIRST->tensor, MORE_ROWS));
     CHECK_OK(vmm_advance(SECOND->tensor, MORE_ROWS / 2));
     CHECK_CUDA(cuda()->graph_exec_destroy(exec));
+    vmm_graph_pins_close(w->pins);
     check_appended_with_cursors(w);
 }
 
@@ -761,6 +775,8 @@ const scene scenes[] = {
     {"append_many, with cursors", SUBMITS, append_with_cursors, run_append_two,
      check_appended_with_cursors, 0},
     {"append_many, captured", SUBMITS | CUDA_ONLY, append_captured, run_captured, check_captured,
+     0},
+    {"append_many, captured and kept", SUBMITS | CUDA_ONLY, append_captured_and_kept, run_captured, check_captured,
      0},
     {"grow, with a cursor", SUBMITS, with_cursor, run_grow, check_grow_with_cursor, 0},
     {"map, with a cursor", SUBMITS, with_cursor, run_map, check_map, 0},

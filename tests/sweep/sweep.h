@@ -66,6 +66,8 @@ typedef struct world {
 
     void *graph; /* of a capture that has ended */
     bool is_capturing;
+    bool is_kept; /* by a vmm_graph_pins: what the graph appends to */
+    vmm_graph_pins *pins;
 
     long allocations;               /* of the device, before the operation */
     long lost_events;               /* that the driver has refused to destroy, and keeps */
