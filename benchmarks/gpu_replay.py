@@ -100,6 +100,7 @@ class Growing:
             make_rows(step, rows)
             pyvmm.append_many(self.tensors, rows, stream=run.stream)
 
+        self.read = step, rows  # by the graph, which does not keep them
         self.graph = capture(run, pool, append, is_kept)
         self._blocks = self._block_count()
 
@@ -174,7 +175,6 @@ def main() -> int:
         bare()
     bare_graph = capture(run, pool, bare)
 
-    bare_step.zero_()
     kept, own = Growing(run, pool, n, True), Growing(run, pool, n, False)
     timed_replays(run, 500, bare_graph.replay)
     times = timed_replays(run, n, kept.replay, bare_graph.replay, own.replay)
