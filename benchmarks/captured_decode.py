@@ -188,6 +188,7 @@ def architectures() -> dict[str, Any]:
         "Llama, MHA": transformers.LlamaConfig(**{**sizes, "num_key_value_heads": 8}),
         "Qwen2": transformers.Qwen2Config(**sizes),
         "Qwen3": transformers.Qwen3Config(**sizes),
+        "Mistral": transformers.MistralConfig(**sizes, sliding_window=None),
         "Mistral, window 128": transformers.MistralConfig(**sizes, **window),
         "Gemma 3": transformers.Gemma3TextConfig(
             **sizes, **window, layer_types=["sliding_attention", "full_attention"] * 2
@@ -260,21 +261,29 @@ def memory(run: Run, clock: Time, write: Any, shape: str = "7B MHA") -> None:
         write()
     run.free()
     batch = found["captured"]
+    static_bytes = batch * row_bytes * (n_prompt + n_new)
     with _captured.block(model, False, graphs(run)), contextlib.suppress(*OUT_OF_MEMORY):
         cache = make_cache(run, "captured", config, 0)
         fill(run, cache, config, batch, n_prompt)
         step = stepper(run, model, "captured", cache, batch)
         found["committed"] = []
         for i in range(n_new):
-            step()
-            if i % 64 == 0 or i == n_new - 1:
-                counts = cache.stats()
-                found["committed"].append(
-                    (cache.get_seq_length(), counts["mapped_bytes"], counts["used_bytes"])
+            if i % 64 and i < n_new - 1:
+                step()
+            else:
+                counts, length = cache.stats(), cache.get_seq_length()
+                found["committed"].append((length, counts["mapped_bytes"], counts["used_bytes"]))
+                run.bench.report(
+                    f"memory/captured/{length}",
+                    [wall_ns(run, step)],
+                    length=length,
+                    mapped_bytes=counts["mapped_bytes"],
+                    used_bytes=counts["used_bytes"],
+                    static_bytes=static_bytes,
                 )
         run.synchronize()
         found["finished"] = cache.get_seq_length()
-    found["static_bytes"] = batch * row_bytes * (n_prompt + n_new)
+    found["static_bytes"] = static_bytes
     write()
 
 
@@ -366,6 +375,7 @@ def markdown(run: Run) -> str:
             ("DynamicCache / captured", "wall/DynamicCache", "wall/captured"),
             ("captured: wall / events", "wall/captured", "events/captured"),
             ("captured: wall / kernels", "wall/captured", "gpu/captured"),
+            ("StaticCache / captured", "wall/StaticCache", "wall/captured"),
             ("StaticCache / compiled", "wall/StaticCache", "wall/compiled"),
         ]
         lines += table(

@@ -3,6 +3,7 @@ imported here and nowhere else.
 
 What a row of a result can be drawn as lies in its "extra": `length` with its time, `length` with
 `mapped_bytes`, `block_bytes` with its time; and of any row with a 99.9th percentile, its tail.
+Of a result with "steps", a model's steps by cache (benchmarks/captured_decode.py), bars.
 A curve is the rows whose ids differ in their last part alone: append/1024, append/2048.
 """
 
@@ -90,7 +91,10 @@ def run(results: list[Path], out: Path, form: str) -> int:
                 print(f"written: {path}")
                 drawn += 1
     if not drawn:
-        print("nothing to draw: no row has a length, a block size or a 99.9th percentile")
+        print(
+            "nothing to draw: no row has a length, a block size or a 99.9th percentile, and there "
+            "are no steps"
+        )
     return 0 if drawn else 1
 
 
@@ -198,9 +202,34 @@ def draw_tail(result: Result, path: Path) -> bool:
     return True
 
 
+def draw_steps(result: Result, path: Path) -> bool:
+    """A group of bars for each model, batch and context, a bar for each cache."""
+    steps = [row for row in result.get("steps", ()) if any(k.startswith("wall/") for k in row)]
+    if not steps:
+        return False
+    kinds = [k[5:] for k in dict.fromkeys(k for row in steps for k in row) if k.startswith("wall/")]
+    picture = _Picture(title(result, "A decode step, medians"), "ms, wall clock", "")
+    picture.figure.set_size_inches(8, 1.5 + 0.16 * len(steps) * (len(kinds) + 1))
+    axes, width = picture.axes, 1 / (len(kinds) + 1)
+    for i, kind in enumerate(kinds):
+        bars = [
+            (n, row[f"wall/{kind}"] / 1e6) for n, row in enumerate(steps) if f"wall/{kind}" in row
+        ]
+        places = [n + i * width for n, _ in bars]
+        drawn = axes.barh(places, [ms for _, ms in bars], width, label=kind)
+        axes.bar_label(drawn, fmt="%.3g", fontsize="xx-small", padding=2)
+    names = [f"{row['model']}, {row['batch']}, {row['context']}" for row in steps]
+    axes.set_yticks([n + (len(kinds) - 1) * width / 2 for n in range(len(steps))], names)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    picture.save(path)
+    return True
+
+
 DRAWINGS: dict[str, Callable[[Result, Path], bool]] = {
     "time": draw_length,
     "memory": draw_memory,
     "blocks": draw_blocks,
     "percentiles": draw_tail,
+    "steps": draw_steps,
 }
