@@ -16,8 +16,21 @@ from pyvmm._captured_twin import CacheOfStep, current
 from pyvmm._graphs import Recorded
 from pyvmm._torch_kv import KVPair
 
-# Graphs are recorded for lengths up to a power of two, from this on.
+# Graphs are recorded for lengths up to a bound, since kernels spread over the GPU what may be
+# there to read: this, then multiples of the step, then eighths between two powers of two.
 _LEAST_BUCKET = 512
+_LEAST_STEP = 1024
+# Each holds memory of its own. Lengths grow, so the first recorded is the first to go.
+_MOST_GRAPHS = 8
+
+
+def bucket_for(length: int) -> int:
+    """The length that a graph for `length` tokens is recorded for."""
+    if length <= _LEAST_BUCKET:
+        return _LEAST_BUCKET
+    power = 1 << (length - 1).bit_length()  # it, or the next
+    step = max(_LEAST_STEP, power // 16)
+    return -(-length // step) * step
 
 
 class _Group:
@@ -107,11 +120,12 @@ class Steps:
 
     def graph_for(self, length: int) -> Recorded:
         """The graph for a cache that has so many tokens after the step."""
-        bucket = _LEAST_BUCKET
-        while bucket < length:
-            bucket *= 2
+        bucket = bucket_for(length)
         if bucket not in self.graphs:
             self.graphs[bucket] = self._record(bucket)
+            # What they ran is over: the capture has waited for it.
+            while len(self.graphs) > _MOST_GRAPHS:
+                del self.graphs[next(iter(self.graphs))]
         return self.graphs[bucket]
 
     def replay(self, length: int, ids: torch.Tensor, positions: torch.Tensor | None) -> int:

@@ -60,7 +60,8 @@ def llama(place):
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
     # So that a short text passes several.
-    monkeypatch.setattr(_captured_step, "_LEAST_BUCKET", 16)
+    for name in ("_LEAST_BUCKET", "_LEAST_STEP"):
+        monkeypatch.setattr(_captured_step, name, 16)
 
 
 def captured(model, compile=False):
@@ -96,7 +97,7 @@ def assert_same(model, input_ids, mask=None, assisted=False, **options):
 def test_greedy(model):
     block = assert_same(model, prompt(model.device, batch=2), max_new_tokens=60)
     assert block.n_replays == 2 * 59
-    assert block.n_captures == 4  # lengths up to 16, 32, 64, 128; and none for the second
+    assert block.n_captures == 5  # lengths up to 16, 32, 48, 64, 80; and none for the second
 
 
 def test_left_padding(model):
@@ -521,6 +522,44 @@ def test_inference_mode(model):
     with torch.inference_mode(), captured(model) as block:
         assert torch.equal(generate(model, prompt(model.device, batch=2)), expected)
         assert not block.reasons
+
+
+# ---- buckets ----------------------------------------------------------------------
+
+
+def test_buckets_waste_an_eighth_at_most(monkeypatch):
+    monkeypatch.undo()
+    buckets = set()
+    least, step = _captured_step._LEAST_BUCKET, _captured_step._LEAST_STEP
+    for length in range(1, 140_000):
+        bucket = _captured_step.bucket_for(length)
+        assert bucket >= length
+        assert bucket == _captured_step.bucket_for(bucket)
+        assert bucket - length < max(least, step, length / 8)
+        buckets.add(bucket)
+    of_short = [512, *range(1024, 16 * 1024, 1024)]
+    assert sorted(buckets)[:20] == [*of_short, 16384, 18432, 20480, 22528]
+    assert len(buckets) == 17 + 3 * 8 + 1  # 41 graphs to 128k tokens, and one more
+
+
+def test_only_the_last_graphs_are_kept(llama, monkeypatch):
+    monkeypatch.setattr(_captured_step, "_MOST_GRAPHS", 3)
+    ids = prompt(llama.device, batch=2, length=120)
+    theirs, _ = forced_logits(llama, ids, None, 12)
+    with captured(llama) as block:
+        ours, cache = forced_logits(llama, ids, None, 12)
+        steps = block._runs[cache].steps
+        assert list(steps.graphs) == [96, 112, 128]
+        assert block.n_captures == 8
+        # A crop goes back to a length whose graph has gone.
+        cache.crop(20)
+        with torch.no_grad():
+            for i in range(20, 120):
+                again = llama(ids[:, i : i + 1], past_key_values=cache).logits[:, -1].float()
+                torch.testing.assert_close(again, theirs[i - 11], rtol=1e-4, atol=2e-4)
+        assert list(steps.graphs) == [96, 112, 128]
+        assert block.n_captures == 15
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
 
 
 # ---- logits under teacher forcing -------------------------------------------------
