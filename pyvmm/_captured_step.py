@@ -13,7 +13,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pyvmm import _attention
 from pyvmm._captured_twin import CacheOfStep, current
-from pyvmm._graphs import Recorded
+from pyvmm._graphs import Recorded, Turns
 from pyvmm._torch_kv import KVPair
 
 # Graphs are recorded for lengths up to a bound, since kernels spread over the GPU what may be
@@ -71,8 +71,6 @@ class Steps:
         self.dropped: tuple[int, ...] = ()
         self.bucket = 0
         self.logits: Any = None
-        # Where the last replay went.
-        self.stream: Any = None
         with torch.inference_mode(False):
             self.ids = torch.zeros((self.batch, 1), dtype=torch.long, device=self.device)
             self.positions = torch.zeros_like(self.ids)
@@ -80,6 +78,9 @@ class Steps:
                 window: _Group(window, pairs[windows.index(window)], self.layout == "seq")
                 for window in dict.fromkeys(windows)
             }
+        first = [group.first for group in self.groups.values()]
+        self._turns = Turns(self.device)
+        self._turns.add(self.ids, self.positions, *first)
         self._backend: dict[bool, tuple[type[_attention.Backend], int]] = {}
 
     def is_over(self, pairs: list[KVPair]) -> bool:
@@ -93,6 +94,7 @@ class Steps:
         now = tuple(dropped.get(window, 0) for window in self.groups)
         if pads == self.pads and now == self.dropped:
             return
+        self._turns.begin()
         for group, gone in zip(self.groups.values(), now, strict=True):
             first = [max(n - gone, 0) for n in pads[: len(group.first)]]
             group.first.copy_(torch.tensor(first, dtype=torch.int32))
@@ -131,6 +133,7 @@ class Steps:
     def replay(self, length: int, ids: torch.Tensor, positions: torch.Tensor | None) -> int:
         """One token more; `length` are there. Returns how often the tensors grew for it;
         `logits` are the next step's to write over."""
+        self._turns.begin()
         graph = self.graph_for(length + 1)
         self.ids.copy_(ids)
         if positions is None:
@@ -139,8 +142,6 @@ class Steps:
             self.positions.copy_(positions)
         n_growths = graph.n_growths
         graph.replay()
-        if self.device.type == "cuda":
-            self.stream = torch.cuda.current_stream(self.device)
         return graph.n_growths - n_growths
 
     def hand_over(self) -> bool:
@@ -151,8 +152,7 @@ class Steps:
                 pair.follow()
                 if pair.is_shared():
                     return False
-            if self.stream is not None:
-                torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            self._turns.begin()
             for pair in self.pairs:
                 pair.truncate(0)
         except BufferError:
@@ -181,6 +181,7 @@ class Steps:
             ).logits
             if self.logits is None:
                 self.logits = torch.empty_like(logits)
+                self._turns.add(self.logits)
             self.logits.copy_(logits)
         finally:
             current.steps = None
