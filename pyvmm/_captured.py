@@ -27,7 +27,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pyvmm._captured_layers import CapturedLayer, CapturedSliding
-from pyvmm._captured_step import Steps, twin_of
+from pyvmm._captured_step import Steps
+from pyvmm._captured_twin import twin_of
 from pyvmm._graphs import CAPTURE, CannotCapture, CudaGraph, Graph
 from pyvmm._pool import Pool
 from pyvmm.transformers import _DEFAULT_CAPACITY, VMMCache, VMMLayer, _InstalledLayer
@@ -158,11 +159,9 @@ class Captured:
 
     @property
     def step(self) -> Callable[..., Any]:
-        """The twin, compiled where that was asked for."""
+        """The twin's forward. Hooks of the model run around a replay."""
         if self._step is None:
-            self._step = twin_of(self.model).forward  # hooks of the model run around a replay
-            if self.compile:
-                self._step = torch.compile(self._step, dynamic=False)
+            self._step = twin_of(self.model, self.compile).forward
         return self._step
 
     # -- a call of forward

@@ -1,126 +1,36 @@
-"""What a captured decode step of transformers records: a twin of the model, over one cache.
-
-The twin has the modules and weights of the model and a config of its own, whose attention is
-ours, so that other threads may run the model itself meanwhile.
-"""
+"""Captured decode steps over one cache: their graphs, one for each bucket of its length."""
 
 # transformers' classes have no types where it is not installed, and some where it is.
-# mypy: disable-error-code="misc, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="misc, no-untyped-call"
 
 from __future__ import annotations
 
-import copy
-import threading
 import weakref
 from typing import Any
 
 import torch
 from torch.utils.dlpack import from_dlpack
-from transformers import PreTrainedConfig
-from transformers.modeling_utils import AttentionInterface
 
 from pyvmm import _attention
-from pyvmm._graphs import Recorded
+from pyvmm._captured_twin import CacheOfStep, current
+from pyvmm._graphs import Recorded, Turns
 from pyvmm._torch_kv import KVPair
 
-# The name that the twin's config has for its attention. transformers makes no mask for a name
-# of which it knows no kind of mask.
-_ATTENTION = "pyvmm_captured"
-# Graphs are recorded for lengths up to a power of two, from this on.
+# Graphs are recorded for lengths up to a bound, since kernels spread over the GPU what may be
+# there to read: this, then multiples of the step, then eighths between two powers of two.
 _LEAST_BUCKET = 512
+_LEAST_STEP = 1024
+# Each holds memory of its own. Lengths grow, so the first recorded is the first to go.
+_MOST_GRAPHS = 8
 
 
-class _Current(threading.local):
-    """The steps that this thread records; what the operator below appends to."""
-
-    steps: Steps | None = None
-
-
-_current = _Current()
-
-
-@torch.library.custom_op("pyvmm::append_and_attend", mutates_args=())
-def _append_and_attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # That the cache changes is nobody's business but the next layer's, which depends on the
-    # result. Were the reservations arguments, a compiler might copy them.
-    assert _current.steps is not None
-    return _current.steps.append_and_attend(query, keys, values, layer, scale)
-
-
-@_append_and_attend.register_fake
-def _(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, layer: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    assert _current.steps is not None
-    batch, heads, _, dim = query.shape
-    n_chunks = _current.steps.n_chunks(layer)
-    parts = query.new_empty((batch, n_chunks, heads, values.shape[-1]))
-    n_merged = n_chunks if n_chunks > 1 else 0
-    return parts, query.new_empty((batch, heads, n_merged), dtype=torch.float32)
-
-
-def _attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """What transformers' attention layers call; the result is (batch, 1, heads, dim)."""
-    for name in ("softcap", "s_aux", "position_bias"):
-        if others.get(name) is not None:
-            raise RuntimeError(f"its attention has {name}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts, lse = torch.ops.pyvmm.append_and_attend(query, key, value, module.layer_idx, scale)
-    return _attention.merge(parts, lse)[:, None], None
-
-
-AttentionInterface.register(_ATTENTION, _attend)
-
-
-class CacheOfStep:
-    """What the twin takes for a cache: keys and values pass, and are appended by attention."""
-
-    is_compileable = True
-    is_sliding = (False,)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return key_states, value_states
-
-
-def twin_of(model: torch.nn.Module) -> Any:
-    """The same modules with the same parameters, and configs of their own."""
-    twins: dict[int, Any] = {}
-    configs: dict[int, Any] = {}
-
-    def config_of_twin(config: Any) -> Any:
-        if id(config) not in configs:
-            configs[id(config)] = own = copy.copy(config)
-            own._attn_implementation_internal = _ATTENTION
-        return configs[id(config)]
-
-    def twin(module: torch.nn.Module) -> Any:
-        if id(module) not in twins:
-            kind: Any = type(module)
-            new = twins[id(module)] = kind.__new__(kind)
-            new.__dict__.update(module.__dict__)
-            new.__dict__.pop("forward", None)
-            for name, value in module.__dict__.items():
-                if isinstance(value, PreTrainedConfig):
-                    new.__dict__[name] = config_of_twin(value)
-            new.__dict__["_modules"] = {
-                name: child if child is None else twin(child)
-                for name, child in module._modules.items()
-            }
-        return twins[id(module)]
-
-    return twin(model)
+def bucket_for(length: int) -> int:
+    """The length that a graph for `length` tokens is recorded for."""
+    if length <= _LEAST_BUCKET:
+        return _LEAST_BUCKET
+    power = 1 << (length - 1).bit_length()  # it, or the next
+    step = max(_LEAST_STEP, power // 16)
+    return -(-length // step) * step
 
 
 class _Group:
@@ -161,8 +71,6 @@ class Steps:
         self.dropped: tuple[int, ...] = ()
         self.bucket = 0
         self.logits: Any = None
-        # Where the last replay went.
-        self.stream: Any = None
         with torch.inference_mode(False):
             self.ids = torch.zeros((self.batch, 1), dtype=torch.long, device=self.device)
             self.positions = torch.zeros_like(self.ids)
@@ -170,6 +78,9 @@ class Steps:
                 window: _Group(window, pairs[windows.index(window)], self.layout == "seq")
                 for window in dict.fromkeys(windows)
             }
+        first = [group.first for group in self.groups.values()]
+        self._turns = Turns(self.device)
+        self._turns.add(self.ids, self.positions, *first)
         self._backend: dict[bool, tuple[type[_attention.Backend], int]] = {}
 
     def is_over(self, pairs: list[KVPair]) -> bool:
@@ -183,6 +94,7 @@ class Steps:
         now = tuple(dropped.get(window, 0) for window in self.groups)
         if pads == self.pads and now == self.dropped:
             return
+        self._turns.begin()
         for group, gone in zip(self.groups.values(), now, strict=True):
             first = [max(n - gone, 0) for n in pads[: len(group.first)]]
             group.first.copy_(torch.tensor(first, dtype=torch.int32))
@@ -210,16 +122,18 @@ class Steps:
 
     def graph_for(self, length: int) -> Recorded:
         """The graph for a cache that has so many tokens after the step."""
-        bucket = _LEAST_BUCKET
-        while bucket < length:
-            bucket *= 2
+        bucket = bucket_for(length)
         if bucket not in self.graphs:
             self.graphs[bucket] = self._record(bucket)
+            # What they ran is over: the capture has waited for it.
+            while len(self.graphs) > _MOST_GRAPHS:
+                del self.graphs[next(iter(self.graphs))]
         return self.graphs[bucket]
 
     def replay(self, length: int, ids: torch.Tensor, positions: torch.Tensor | None) -> int:
         """One token more; `length` are there. Returns how often the tensors grew for it;
         `logits` are the next step's to write over."""
+        self._turns.begin()
         graph = self.graph_for(length + 1)
         self.ids.copy_(ids)
         if positions is None:
@@ -228,8 +142,6 @@ class Steps:
             self.positions.copy_(positions)
         n_growths = graph.n_growths
         graph.replay()
-        if self.device.type == "cuda":
-            self.stream = torch.cuda.current_stream(self.device)
         return graph.n_growths - n_growths
 
     def hand_over(self) -> bool:
@@ -240,8 +152,7 @@ class Steps:
                 pair.follow()
                 if pair.is_shared():
                     return False
-            if self.stream is not None:
-                torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            self._turns.begin()
             for pair in self.pairs:
                 pair.truncate(0)
         except BufferError:
@@ -250,13 +161,14 @@ class Steps:
 
     def _record(self, bucket: int) -> Recorded:
         self.bucket = bucket
-        with torch.inference_mode(False), torch.no_grad():
-            recorded = Recorded(self._run, self.tensors, self.device, self._captured.graphs)
+        recorded = Recorded(self._run, self.tensors, self.device, self._captured.graphs)
         self._captured.n_captures += 1
         return recorded
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _run(self) -> None:
-        _current.steps = self
+        current.steps = self
         try:
             for group in self.groups.values():
                 self._plan(group)
@@ -269,9 +181,10 @@ class Steps:
             ).logits
             if self.logits is None:
                 self.logits = torch.empty_like(logits)
+                self._turns.add(self.logits)
             self.logits.copy_(logits)
         finally:
-            _current.steps = None
+            current.steps = None
 
     def _plan(self, group: _Group) -> None:
         backend, n_chunks = self._chosen(group.window)

@@ -131,6 +131,37 @@ class EagerGraph:
         """Nothing: the appends were not captured, and the lengths have followed."""
 
 
+class Turns:
+    """For graphs that share buffers: each replay after the one before, whatever their streams.
+
+    A graph belongs to no stream, and uses the same memory at each replay. torch's allocator
+    knows a block by the stream that it was allocated on, and gives it to others of that stream
+    as soon as it is freed: so it is told of each stream that replays use it on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: list[torch.Tensor] = []
+        self._last: Any = None
+
+    def add(self, *buffers: torch.Tensor) -> None:
+        self._buffers += buffers
+        for buffer in buffers if self._last is not None else ():
+            buffer.record_stream(self._last)
+
+    def begin(self) -> None:
+        """What follows on the current stream may write to the buffers, and replay."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if stream == self._last:
+            return
+        if self._last is not None:
+            stream.wait_stream(self._last)
+        for buffer in self._buffers:
+            buffer.record_stream(stream)
+        self._last = stream
+
+
 class Recorded:
     """`run`, which appends to `tensors` where their cursors stand, recorded; replay() as often
     as wanted. Between replays the tensors may grow and be truncated by others."""
@@ -281,6 +312,7 @@ class CapturedStep:
         self._device = device
         self._make_graph = make_graph
         self._recorded: dict[Any, tuple[Recorded, tuple[torch.Tensor, ...], list[Any]]] = {}
+        self._turns = Turns(device)
 
     @property
     def n_captures(self) -> int:
@@ -289,6 +321,7 @@ class CapturedStep:
     def __call__(self, *inputs: torch.Tensor) -> Any:
         if self._make_graph is None:
             return self._fn(*inputs)
+        self._turns.begin()
         key = tuple((x.shape, x.dtype, x.device) for x in inputs)
         if key not in self._recorded:
             self._recorded[key] = self._record(inputs)
@@ -303,6 +336,7 @@ class CapturedStep:
         outputs: list[Any] = [None]
         with torch.inference_mode(False), torch.no_grad():
             held = tuple(x.detach().clone() for x in inputs)
+            self._turns.add(*(x for x in held if x.is_cuda))
 
             def run() -> None:
                 outputs[0] = self._fn(*held)

@@ -60,7 +60,8 @@ def llama(place):
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
     # So that a short text passes several.
-    monkeypatch.setattr(_captured_step, "_LEAST_BUCKET", 16)
+    for name in ("_LEAST_BUCKET", "_LEAST_STEP"):
+        monkeypatch.setattr(_captured_step, name, 16)
 
 
 def captured(model, compile=False):
@@ -96,7 +97,7 @@ def assert_same(model, input_ids, mask=None, assisted=False, **options):
 def test_greedy(model):
     block = assert_same(model, prompt(model.device, batch=2), max_new_tokens=60)
     assert block.n_replays == 2 * 59
-    assert block.n_captures == 4  # lengths up to 16, 32, 64, 128; and none for the second
+    assert block.n_captures == 5  # lengths up to 16, 32, 48, 64, 80; and none for the second
 
 
 def test_left_padding(model):
@@ -285,11 +286,11 @@ def test_another_batch_size(model):
             assert torch.equal(result, expected)
 
 
-def generate_without(model, input_ids):
+def generate_without(model, input_ids, mask=None):
     """With the model's own forward, inside a block."""
     forward = model.__dict__.pop("forward")
     try:
-        return generate(model, input_ids)
+        return generate(model, input_ids, mask=mask)
     finally:
         model.forward = forward
 
@@ -523,6 +524,44 @@ def test_inference_mode(model):
         assert not block.reasons
 
 
+# ---- buckets ----------------------------------------------------------------------
+
+
+def test_buckets_waste_an_eighth_at_most(monkeypatch):
+    monkeypatch.undo()
+    buckets = set()
+    least, step = _captured_step._LEAST_BUCKET, _captured_step._LEAST_STEP
+    for length in range(1, 140_000):
+        bucket = _captured_step.bucket_for(length)
+        assert bucket >= length
+        assert bucket == _captured_step.bucket_for(bucket)
+        assert bucket - length < max(least, step, length / 8)
+        buckets.add(bucket)
+    of_short = [512, *range(1024, 16 * 1024, 1024)]
+    assert sorted(buckets)[:20] == [*of_short, 16384, 18432, 20480, 22528]
+    assert len(buckets) == 17 + 3 * 8 + 1  # 41 graphs to 128k tokens, and one more
+
+
+def test_only_the_last_graphs_are_kept(llama, monkeypatch):
+    monkeypatch.setattr(_captured_step, "_MOST_GRAPHS", 3)
+    ids = prompt(llama.device, batch=2, length=120)
+    theirs, _ = forced_logits(llama, ids, None, 12)
+    with captured(llama) as block:
+        ours, cache = forced_logits(llama, ids, None, 12)
+        steps = block._runs[cache].steps
+        assert list(steps.graphs) == [96, 112, 128]
+        assert block.n_captures == 8
+        # A crop goes back to a length whose graph has gone.
+        cache.crop(20)
+        with torch.no_grad():
+            for i in range(20, 120):
+                again = llama(ids[:, i : i + 1], past_key_values=cache).logits[:, -1].float()
+                torch.testing.assert_close(again, theirs[i - 11], rtol=1e-4, atol=2e-4)
+        assert list(steps.graphs) == [96, 112, 128]
+        assert block.n_captures == 15
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
+
+
 # ---- logits under teacher forcing -------------------------------------------------
 
 
@@ -697,6 +736,26 @@ def test_blocks_of_another_kind(llama):
     assert "forward" not in llama.__dict__
 
 
+# ---- compiled ---------------------------------------------------------------------
+
+
+def test_a_twin_is_the_models_own(llama):
+    """It calls no forward of the model's modules, whatever was set on them."""
+    called = []
+
+    def backend(graph, inputs):
+        called.append(graph)
+        return graph.forward
+
+    expected = generate(llama, prompt(llama.device))
+    llama.model.layers[1].compile(backend=backend)
+    with captured(llama) as block:
+        result = generate(llama, prompt(llama.device), max_new_tokens=24)
+    assert torch.equal(result, expected)
+    assert block.n_replays == 23
+    assert called  # by the prefill
+
+
 @pytest.mark.frameworks
 def test_compiled(model):
     expected = generate(model, prompt(model.device, batch=2), max_new_tokens=40)
@@ -705,6 +764,153 @@ def test_compiled(model):
     assert torch.equal(result, expected)
     assert block.n_replays == 39
     assert not block.reasons
+
+
+class Compiler:
+    """What torch.compile hands to its backend, which here runs it as it is."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, inputs):
+        self.graphs.append(graph)
+        return graph.forward
+
+    def n_graphs(self):
+        """(of layers, of other modules); of layers are those that append."""
+        n = sum(
+            any("append_and_attend" in str(node.target) for node in graph.graph.nodes)
+            for graph in self.graphs
+        )
+        return n, len(self.graphs) - n
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    compiler = Compiler()
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda fn, **options: compile(fn, backend=compiler, **options)
+    )
+    return compiler
+
+
+def deep_model(kind, place, n_layers=32, seed=0):
+    config = models.config_of(kind)
+    config.num_hidden_layers = n_layers
+    if getattr(config, "layer_types", None):
+        kinds = config.layer_types[:2]
+        config.layer_types = [kinds[i % len(kinds)] for i in range(n_layers)]
+    config.initializer_range = 0.1
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config).to(place).eval()
+
+
+# Of layers, and of the last norm and the rotary embedding, of which Gemma 3 has two. What tells
+# its two kinds of layers apart is the operator's and not in the graph.
+N_GRAPHS = {"llama": (1, 2), "qwen2": (1, 2), "qwen3": (1, 2), "mistral": (1, 2), "gemma3": (1, 3)}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in OF_MAKE_TEST else pytest.param(k, marks=pytest.mark.frameworks) for k in MODELS],
+)
+def test_layers_of_one_kind_are_compiled_once(place, compiler, kind):
+    """32 of them; and no other bucket, length, padding or cache compiles anything again. That
+    nothing is left to eager code inside of them fullgraph sees to."""
+    model = deep_model(kind, place)
+    expected = generate(model, prompt(place, batch=2), max_new_tokens=40)
+    with captured(model, compile=True) as block:
+        for _ in range(2):
+            result = generate(model, prompt(place, batch=2), max_new_tokens=40)
+            assert torch.equal(result, expected)
+        assert compiler.n_graphs() == N_GRAPHS[kind]
+        assert block.n_captures > 2
+        generate(model, prompt(place, batch=2, length=100), max_new_tokens=10)
+        generate(model, prompt(place, batch=2), VMMCache(model.config, layout="lane"))
+        input_ids = prompt(place, batch=3)
+        mask = padded(input_ids)
+        with torch.inference_mode():
+            generate(model, input_ids[:2], mask=mask[:2])
+        assert compiler.n_graphs() == N_GRAPHS[kind]
+        generate(model, input_ids, mask=mask)
+        assert compiler.n_graphs() == tuple(2 * n for n in N_GRAPHS[kind])
+        generate(model, prompt(place, batch=2))
+        assert compiler.n_graphs() == tuple(2 * n for n in N_GRAPHS[kind])
+        assert not block.reasons
+
+
+def test_many_batch_sizes_stay_compiled(place, compiler, monkeypatch):
+    """More than torch.compile's recompile_limit, over two models of one class."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    n = 4
+    for seed in range(2):
+        model = models.model_of("llama", place, seed)
+        with captured(model, compile=True) as block:
+            for batch in range(1, n + 1):
+                input_ids = prompt(place, batch=batch)
+                expected = generate_without(model, input_ids)
+                assert torch.equal(generate(model, input_ids), expected)
+                assert compiler.n_graphs()[0] == seed * n + batch
+        assert block.n_replays == 23 * n
+        assert not block.reasons
+
+
+def test_another_number_of_chunks_is_compiled_anew(monkeypatch, compiler):
+    """It is a shape: padding may lead to another backend, which cuts the keys in another way."""
+    model = models.model_of("llama", "cpu")
+
+    def chunks_for(backend, case, n_processors):
+        return 4 if case.is_cut else 2
+
+    monkeypatch.setattr(_attention, "chunks_for", chunks_for)
+    input_ids = prompt("cpu", batch=2)
+    mask = padded(input_ids)
+    with captured(model, compile=True) as block:
+        for given, n in ((None, 1), (mask, 2), (None, 2)):
+            expected = generate_without(model, input_ids, given)
+            assert torch.equal(generate(model, input_ids, mask=given), expected)
+            assert compiler.n_graphs()[0] == n
+    assert block.n_replays == 3 * 23
+
+
+def test_threads_compile(place, compiler):
+    """Two over one model with different batch sizes, one over another."""
+    first, other = models.model_of("llama", place), models.model_of("gemma3", place)
+    work = [(first, 1), (first, 2), (other, 2)]
+    expected = [generate(model, prompt(place, batch)) for model, batch in work]
+    results = [[] for _ in work]
+
+    def answer(i):
+        model, batch = work[i]
+        with captured(model, compile=True):
+            for _ in range(2):
+                results[i].append(generate(model, prompt(place, batch)))
+
+    threads = [threading.Thread(target=answer, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for of_thread, right in zip(results, expected, strict=True):
+        assert len(of_thread) == 2
+        assert all(torch.equal(tokens, right) for tokens in of_thread)
+    assert compiler.n_graphs() == (2 + 1, 4 + 3)
+
+
+def test_what_cannot_be_compiled_is_said(place, monkeypatch):
+    def breaks(*args, **kwargs):
+        torch._dynamo.graph_break()
+        return merge(*args, **kwargs)
+
+    merge = _attention.merge
+    monkeypatch.setattr(_attention, "merge", breaks)
+    model = models.model_of("llama", place)
+    expected = generate(model, prompt(place))
+    with pytest.warns(RuntimeWarning, match="cannot be captured"):  # noqa: SIM117
+        with captured(model, compile=True) as block:
+            assert torch.equal(generate(model, prompt(place)), expected)
+    assert block.n_replays == 0
 
 
 # ---- capture() --------------------------------------------------------------------
