@@ -256,7 +256,9 @@ class Recorded:
             n_rows = length + self.n_rows[i]
             if n_rows > tensor.capacity:
                 tensor.map(n_rows)  # raises CapacityError
-            n_rows = min((n_rows + TILE - 1) // TILE * TILE + TILE, tensor.capacity)
+            # Reaches one tile beyond the one that the rows end in, wherever in it they end: block
+            # by block, and not the blocks of a whole tile at once.
+            n_rows = min(n_rows + 2 * TILE, tensor.capacity)
             if self._clean[i] < n_rows:
                 with CAPTURE:  # new memory may have to be waited for
                     tensor.map(n_rows)
