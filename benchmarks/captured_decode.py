@@ -1,7 +1,8 @@
 """Decode steps of transformers' models, captured and not, by cache: wall clock and GPU time.
 
     python benchmarks/captured_decode.py --out FOLDER [--parts steps,logits,memory,text]
-        [--rows '7B.*'] [--kinds captured,DynamicCache] [--limit SECONDS] [--smoke]
+        [--rows '7B.*'] [--kinds captured,DynamicCache] [--limit SECONDS] [--lock FILE] [--smoke]
+    python benchmarks/captured_decode.py --out FOLDER --merge RESULT.json RESULT.json ...
 
 steps   the rows of hf_decode.py, and 8B GQA at batch 1, 4, 16, 64 with 1k, 8k, 32k tokens where
         memory allows. Per step: wall clock with a synchronisation, as generate() has one; time
@@ -19,6 +20,9 @@ memory  bytes committed against tokens used, and the largest batch that ends at 
 text    3072 + 1024 tokens by generate(): tokens per second for each kind, after what is
         compiled has been.
 
+Compiling takes most of the time, so several processes may share a GPU: with the same --lock
+they take turns at all but that. --merge makes one result of theirs.
+
 What comes first in a part matters most; --limit ends it between measurements. Results are
 written after each row. --smoke runs it on the CPU with tiny shapes, where a graph is replaced by
 the function that it would record, and wall time stands for GPU time.
@@ -28,7 +32,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import functools
+import json
 import re
 import statistics
 import sys
@@ -62,6 +68,17 @@ class Time:
 
     def is_up(self) -> bool:
         return time.perf_counter() > self.end
+
+
+@contextlib.contextmanager
+def alone(run: Run) -> Any:
+    """While no other process with this --lock uses the GPU."""
+    if run.options.lock is None:
+        yield
+        return
+    with open(run.options.lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def graphs(run: Run) -> Any:
@@ -121,14 +138,16 @@ def events_ns(run: Run, step: Any) -> float:
 def measure(run: Run, model: Any, kind: str, batch: int, context: int) -> dict[str, list[float]]:
     with block(run, model, kind) as captured:
         cache = make_cache(run, kind, model.config, context + ROOM)
-        fill(run, cache, model.config, batch, context)
+        with alone(run):
+            fill(run, cache, model.config, batch, context)
         step = stepper(run, model, kind, cache, batch)
         samples = {"first": [wall_ns(run, step)]}
-        for _ in range(N_WARM):
-            step()
-        samples["wall"] = [wall_ns(run, step) for _ in range(N_WALL)]
-        samples["events"] = [events_ns(run, step) for _ in range(N_EVENTS)]
-        samples["gpu"] = [gpu_time_ns(run, step) for _ in range(N_PROFILED)]
+        with alone(run):
+            for _ in range(N_WARM):
+                step()
+            samples["wall"] = [wall_ns(run, step) for _ in range(N_WALL)]
+            samples["events"] = [events_ns(run, step) for _ in range(N_EVENTS)]
+            samples["gpu"] = [gpu_time_ns(run, step) for _ in range(N_PROFILED)]
         if captured is not None and (captured.reasons or captured.n_captures > 2):
             run.failures.append(
                 f"{kind}, {batch}, {context}: {captured.n_captures} captures, {captured.reasons}"
@@ -361,15 +380,35 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["", *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))]
 
 
-def markdown(run: Run) -> str:
+def merged(paths: list[Path]) -> dict[str, Any]:
+    """One result of those of several processes of a run: what they have of one row is put
+    together, in the order of the first."""
+    result: dict[str, Any] = {}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in paths:
+        part = json.loads(path.read_text())
+        if result and part["machine"] != result["machine"]:
+            raise SystemExit(f"{path}: of {part['machine']}, not of {result['machine']}")
+        for row in part["steps"]:
+            rows.setdefault((row["model"], row["batch"], row["context"]), {}).update(row)
+        if not result:
+            result = part
+            continue
+        for key in ("rows", "logits", "texts", "failures"):
+            result[key] += part[key]
+        result["memory"] = result["memory"] or part["memory"]
+    return {**result, "steps": list(rows.values())}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    run = argparse.Namespace(**result)
     lines = [
-        f"# Captured decode steps: {run.bench.machine}",
+        f"# Captured decode steps: {run.machine}",
         "",
-        f"transformers {transformers.__version__}, torch {torch.__version__}, "
-        f"{str(run.dtype).removeprefix('torch.')}, random weights, layout {run.layout}; medians "
-        "of one run.",
+        f"transformers {run.transformers}, torch {run.torch}, {run.dtype}, random weights, layout "
+        f"{run.layout}; medians of one run.",
     ]
-    if run.rows:
+    if run.steps:
         lines += ["", "## Wall clock of a step, ms"]
         ratios = [
             ("DynamicCache / captured", "wall/DynamicCache", "wall/captured"),
@@ -391,7 +430,7 @@ def markdown(run: Run) -> str:
                         for kind in KINDS
                     ),
                 ]
-                for row in run.rows
+                for row in run.steps
             ],
         )
         lines += ["", "## Sum of kernels, ms; and time to the first token, s"]
@@ -403,7 +442,7 @@ def markdown(run: Run) -> str:
                     *(number(row, f"gpu/{kind}", 1e6) for kind in KINDS),
                     *(number(row, f"first/{kind}", 1e9, 3) for kind in KINDS),
                 ]
-                for row in run.rows
+                for row in run.steps
             ],
         )
     if run.logits:
@@ -463,7 +502,7 @@ def markdown(run: Run) -> str:
                     for n, mapped, used in found["committed"]
                 ],
             )
-    lines += ["", f"Not measured: {run.bench.not_measured}.", ""]
+    lines += ["", f"Not measured: {run.not_measured}.", ""]
     if run.failures:
         lines += ["WRONG RESULTS:", "", *(f"- {failure}" for failure in run.failures), ""]
     return "\n".join(lines)
@@ -478,9 +517,14 @@ def main() -> int:
     parser.add_argument("--rows", default="", help='regular expression of "7B MHA 8 3072"')
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--limit", type=float, default=1e9, help="seconds")
+    parser.add_argument("--lock", type=Path, help="a file that processes on one GPU share")
+    parser.add_argument("--merge", type=Path, nargs="+", help="results; nothing is measured")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args()
     options.kinds = options.kinds.split(",")
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.merge:
+        return write(merged(options.merge), options.out)
     if not options.smoke and not torch.cuda.is_available():
         print("captured_decode needs torch with CUDA and a GPU, or --smoke", file=sys.stderr)
         return 77
@@ -488,29 +532,38 @@ def main() -> int:
     run.texts, run.memory = [], {}
     clock = Time(options.limit)
 
-    def write() -> None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"captured_decode-{slug(run.bench.machine)}.md"
-        path.write_text(markdown(run))
+    def write_so_far() -> None:
+        close = {
+            "steps": run.rows,
+            "logits": run.logits,
+            "texts": run.texts,
+            "memory": run.memory,
+            "failures": run.failures,
+            "layout": run.layout,
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        write(json.loads(run.bench.close(**close).read_text()), options.out)
 
     parts = {"steps": steps, "logits": compare_logits, "memory": memory, "text": text}
     with torch.inference_mode():
         for part in options.parts.split(","):
-            parts[part](run, clock, write)
+            parts[part](run, clock, write_so_far)
             run.free()
-    run.bench.close(
-        steps=run.rows,
-        logits=run.logits,
-        texts=run.texts,
-        memory=run.memory,
-        failures=run.failures,
-        layout=run.layout,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
+    write_so_far()
+    print(
+        markdown(merged([options.out / f"captured_decode-python-{slug(run.bench.machine)}.json"]))
     )
-    write()
-    print(markdown(run))
     return 1 if run.failures else 0
+
+
+def write(result: dict[str, Any], out: Path) -> int:
+    name = slug(result["machine"])
+    path = out / f"captured_decode-python-{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.with_name(f"captured_decode-{name}.md").write_text(markdown(result))
+    return 1 if result["failures"] else 0
 
 
 if __name__ == "__main__":
