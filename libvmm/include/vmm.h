@@ -590,6 +590,12 @@ VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
  * appends to the tensor, and once after; and so does vmm_truncate(), which gives up what has not
  * been followed, the flag of an overflow included.
  *
+ * Where append, grow or truncate has returned the driver's error, the device may have moved the
+ * cursor all the same. The next of these calls sets it anew; with a graph that appends it looks
+ * first, as above, and so do vmm_cursor() and vmm_advance() until then: VMM_ERR_BUSY says where
+ * the cursor is, if that is neither the host's length nor what is being followed. Meanwhile no
+ * append is captured (VMM_ERR_BUSY).
+ *
  * A graph that appends pins the tensor (see 9.) until it and all that was instantiated of it are
  * destroyed, which some drivers notice a moment later. Truncating, trimming and mapping are
  * allowed meanwhile; what a replay finds trimmed away is an overflow.
@@ -621,7 +627,8 @@ VMM_API int vmm_has_cursor(const vmm_tensor *tensor);
  * Returns VMM_ERR_INVALID (no append has been captured), VMM_ERR_BUSY, VMM_ERR_FORKED;
  * VMM_ERR_CAPACITY for an overflow: more rows than are mapped, or a replay has set the flag,
  * which is taken back. Such a replay has appended nothing: map more, and replay again.
- * No driver call. */
+ * No driver call; where setting the cursor has failed (see above) it waits for the device, and
+ * returns VMM_ERR_BUSY, VMM_ERR_CAPTURING and VMM_ERR_DRIVER, too. */
 VMM_API vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows);
 
 /* vmm_stream_is_capturing() - is it, in `out`: would an append on it be captured? 0 on the host
