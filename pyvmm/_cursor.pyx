@@ -19,6 +19,8 @@ from pyvmm._libvmm cimport (
     vmm_dtype,
     vmm_last_stream,
     vmm_length_count,
+    vmm_pin,
+    vmm_pin_cursor,
     vmm_status,
     vmm_tensor,
     vmm_unpin,
@@ -81,6 +83,11 @@ cdef class Cursor:
         out.ndim = 1
         out.strides[0] = 4
         return 0
+
+    cdef vmm_pin *pin(self) except NULL:
+        cdef vmm_pin *pin
+        check(vmm_pin_cursor(self.made().handle, &pin))
+        return pin
 
     @property
     def shape(self):
@@ -145,7 +152,7 @@ cdef class Cursor:
         cdef vmm_stream consumer = consumer_of(tensor, stream, dl_device, copy)
         cdef Region region
         self.region(consumer, &region)
-        return make_capsule(&region, tensor.pin(0), max_version is not None
+        return make_capsule(&region, self.pin(), max_version is not None
                             and max_version[0] >= 1)
 
     def __dlpack_device__(self):
@@ -161,7 +168,7 @@ cdef class Cursor:
         if flags & PyBUF_WRITABLE:
             raise BufferError("a cursor is read only: append(), grow() and truncate() move it")
         self.region(VMM_STREAM_NONE, &region)
-        fill_buffer(buffer, flags, &region, tensor.pin(0), b"i")
+        fill_buffer(buffer, flags, &region, self.pin(), b"i")
         buffer.readonly = True
         buffer.obj = self
 
@@ -192,7 +199,7 @@ cdef class Cursor:
             raise AttributeError("__cuda_array_interface__")
         self.region(VMM_STREAM_NONE, &region)
         if self.interface_pin == NULL:
-            self.interface_pin = tensor.pin(0)
+            self.interface_pin = self.pin()
         stream = vmm_last_stream(tensor.handle)
         return {
             "shape": self.shape,

@@ -650,13 +650,19 @@ typedef struct vmm_pin vmm_pin;
  * Thread-safe against everything but vmm_close() and vmm_release() of this tensor. */
 VMM_API vmm_status vmm_pin_rows(vmm_tensor *tensor, size_t n_rows, vmm_pin **out);
 
+/* vmm_pin_cursor() - pin the tensor for someone who reads its cursor, or appends at it, as graphs
+ * do: it cannot be closed, and no row of it is pinned, whatever vmm_pin_shown() says.
+ * Returns VMM_ERR_INVALID (NULL), VMM_ERR_OUT_OF_MEMORY, VMM_ERR_FORKED. Thread-safe as the
+ * above. */
+VMM_API vmm_status vmm_pin_cursor(vmm_tensor *tensor, vmm_pin **out);
+
 /* vmm_unpin() - drop a pin. Never fails; makes no CUDA call and takes no lock that is held
  * across one, so it may run on any thread, inside a host callback of a stream, and after
  * the owner of the tensor is gone. NULL is ignored. */
 VMM_API void vmm_unpin(vmm_pin *pin);
 
-/* vmm_pin_shown() - from now on, and until there is no pin left, any pin covers all rows that
- * are in use now: for arrays that are cut out of the memory behind one that was pinned before
+/* vmm_pin_shown() - from now on, and until no pin of rows is left (of 0 rows, too), any such pin
+ * covers all rows that are in use now: for arrays that are cut out of the memory behind one that was pinned before
  * they were appended. Never fails. */
 VMM_API void vmm_pin_shown(vmm_tensor *tensor);
 

@@ -33,7 +33,7 @@ static vmm_status pin_graph(vmm_tensor *tensor, vmm_stream stream, uint64_t capt
     if (!held)
         return vmm_fail(VMM_ERR_OUT_OF_MEMORY, operation, "no host memory left");
     held->tensor = tensor;
-    vmm_status status = vmm_pin_rows(tensor, 0, &held->pin);
+    vmm_status status = vmm_pin_cursor(tensor, &held->pin);
     if (status) {
         free(held);
         return status;

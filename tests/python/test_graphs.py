@@ -76,6 +76,26 @@ def test_cursor_on_the_host_is_shared_and_read_only(host):
     assert "closed" in repr(c)
 
 
+def test_a_cursor_pins_no_rows(host):
+    """Not those either that a concat's arrays have shown, once these are gone."""
+    t = pyvmm.empty((0, 4), "float32", axis=0, capacity=100)
+    t.append(rows(3, 4))
+    seen = np.asarray(t.cursor)
+    out = pyvmm.concat(np.asarray(t), rows(2, 4, 1), axis=0)
+    assert t.length == 5
+    with pytest.raises(BufferError):
+        t.truncate(1)
+    del out
+    gc.collect()
+    t.truncate(1)
+    assert seen.tolist() == [1]
+    with pytest.raises(BufferError):
+        t.close()
+    del seen
+    gc.collect()
+    t.close()
+
+
 def test_cursor_on_a_gpu_speaks_the_protocols(cuda):
     with pyvmm.empty((0, 4), "float32", axis=0, capacity=10, device=cuda) as t:
         c = t.cursor
