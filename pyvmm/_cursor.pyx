@@ -46,8 +46,11 @@ cdef class Cursor:
     Append, grow, truncate and replayed graphs keep it current, in the order of their streams,
     so that kernels read how far the tensor goes (attention kernels call it the sequence
     lengths). torch.from_dlpack(t.cursor), cupy.asarray(t.cursor), on the host
-    numpy.asarray(t.cursor): they share its memory, at an address that never changes, and are
-    to be read only. While one lives the tensor cannot be closed; truncating is allowed.
+    numpy.asarray(t.cursor): they share its memory, at an address that never changes. While one
+    lives the tensor cannot be closed; truncating is allowed.
+
+    To be read only: who writes there sends replayed appends to wrong rows. The exports say so
+    and NumPy and JAX hold to it; torch, CuPy and Paddle make writable arrays of anything.
     """
 
     def __init__(self):
@@ -146,14 +149,14 @@ cdef class Cursor:
         self.__reduce__()
 
     def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
-        """A DLPack capsule, sharing memory that is to be read only. `stream` is the consumer's,
-        and finds it current; see VTensor.__dlpack__()."""
+        """A DLPack capsule, sharing memory that is to be read only; a versioned one says so.
+        `stream` is the consumer's, and finds it current; see VTensor.__dlpack__()."""
         cdef TensorCore tensor = self.made()
         cdef vmm_stream consumer = consumer_of(tensor, stream, dl_device, copy)
         cdef Region region
         self.region(consumer, &region)
         return make_capsule(&region, self.pin(), max_version is not None
-                            and max_version[0] >= 1)
+                            and max_version[0] >= 1, read_only=True)
 
     def __dlpack_device__(self):
         """DLPack's (device type, device number), as the tensor's."""
