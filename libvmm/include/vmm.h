@@ -248,7 +248,9 @@ VMM_API vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, vo
 
 /* vmm_pool_capture_begin(), _end() - bracket a stream capture anywhere in the process.
  * A fence would invalidate the capture, so between the two none is taken: queued memory
- * stays queued, and a pool that can only go on with it reports out of memory. They nest
+ * stays queued, and a pool that can only go on with it reports out of memory. Without them none
+ * is taken either while a stream is captured that blocks the default stream, or the one that the
+ * call names or the tensor was last written on; of others the driver tells nothing. They nest
  * and count. _end() without _begin() returns VMM_ERR_INVALID. Thread-safe. */
 VMM_API vmm_status vmm_pool_capture_begin(vmm_pool *pool);
 VMM_API vmm_status vmm_pool_capture_end(vmm_pool *pool);
@@ -352,8 +354,8 @@ typedef struct vmm_tensor vmm_tensor;
  * Returns VMM_ERR_INVALID, VMM_ERR_OVERFLOW, VMM_ERR_OUT_OF_MEMORY, VMM_ERR_DRIVER (the
  * address range was refused: ask for a smaller capacity), VMM_ERR_CLOSED, VMM_ERR_FORKED.
  * Cost: one driver call; where a closed tensor of the same geometry is taken over, none, or one
- * fence and one query of it. That fence would break a stream capture, as vmm_pool_capture_begin()
- * says. Thread-safe. */
+ * fence and one query of it. That fence would end the capture of a stream that does not block the
+ * default stream, as vmm_pool_capture_begin() says. Thread-safe. */
 VMM_API vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out);
 
 /* vmm_close() - give the memory back and free the tensor.

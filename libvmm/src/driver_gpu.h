@@ -740,10 +740,17 @@ static vmm_status record_waited_fence(gpu_event event) {
     return status ? status : CALL(GPU(EventRecord), event, NULL);
 }
 
+/* The default stream cannot answer while a blocking stream is captured, and asking does the
+ * capture no harm, as the fence would. Nothing tells of other streams that are not named. */
 static vmm_status gpu_fence(void *state, driver_event event) {
     visit visit;
+    gpu_capture_status capture;
     vmm_status status = enter_relaxed(state, &visit);
-    return status ? status : leave(&visit, record_fence(state, event));
+    if (status)
+        return status;
+    status = CALL(GPU(StreamGetCaptureInfo), stream_of(VMM_STREAM_LEGACY), &capture, NULL, NULL,
+                  NULL, NULL);
+    return leave(&visit, status ? status : record_fence(state, event));
 }
 
 /* The table's entries but for what the vendor sets: kind and the like. */
