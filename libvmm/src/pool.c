@@ -340,6 +340,7 @@ void pool_range_added(vmm_pool *pool, pool_entry *entry) {
 }
 
 void pool_range_retired_locked(vmm_pool *pool, pool_entry *entry) {
+    lookahead_forget_locked(pool, entry);
     *(entry->previous_live ? &entry->previous_live->next_live : &pool->live) = entry->next_live;
     if (entry->next_live)
         entry->next_live->previous_live = entry->previous_live;
