@@ -600,7 +600,10 @@ VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
  *
  * A graph that appends pins the tensor (see 9.) until it and all that was instantiated of it are
  * destroyed, which some drivers notice a moment later. Truncating, trimming and mapping are
- * allowed meanwhile; what a replay finds trimmed away is an overflow.
+ * allowed meanwhile; what a replay finds trimmed away is an overflow. cuGraphExecUpdate() has the
+ * executable graph pin what the graph pins that it was updated from, and no longer what it pinned
+ * before. hipGraphExecUpdate() leaves it as it was: keep that graph as long as the executable one.
+ * No driver moves a pin where single nodes of an executable graph are changed.
  *
  * A replay is ordered by its stream like any work, and the library does not see it: launch it on
  * the stream that was captured, or order streams yourself. Not captured: host sources and
