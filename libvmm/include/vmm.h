@@ -192,7 +192,9 @@ VMM_API vmm_status vmm_device_query(vmm_device *device, vmm_device_info *out);
  * (pool, lanes, bytes of a lane, block size) takes its addresses and blocks over, and
  * grows over them without a driver call. A recycled range is unmapped when memory is
  * short (the budget, the device), when more lies idle than was ever in use at once,
- * and by vmm_pool_trim().
+ * and by vmm_pool_trim(). With a CUDA driver before 12.5 and on HIP a fence waits for the device, so
+ * none is taken to open a tensor: what was closed is taken over only once a growth that had run out
+ * of memory has waited.
  */
 typedef struct vmm_pool vmm_pool;
 
