@@ -1,19 +1,8 @@
 /* A capture that no pool was told of survives what would take a fence, as far as the library can
  * know of it: the captured stream is the tensor's, or a blocking one. On GPUs. */
-#include "check.h"
+#include "blocks.h"
 
 static fixture f;
-static size_t granule, rows; /* of a block */
-
-static vmm_spec make_spec(size_t n_blocks) {
-    static const int64_t shape[] = {0, 64 * 1024};
-    return (vmm_spec){.ndim = 2,
-                      .shape = shape,
-                      .dtype = VMM_UINT8,
-                      .capacity = n_blocks * rows,
-                      .block_bytes = granule};
-}
-
 static void close_used(const vmm_spec *spec) {
     model m = model_open(&f, spec);
 
@@ -97,8 +86,7 @@ int main(int argc, char **argv) {
     if (!f.is_gpu)
         SKIP("the host takes no fences");
     cuda();
-    granule = f.granularity_bytes;
-    rows = granule / (64 * KIB);
+    blocks_are(f.granularity_bytes, 64 * KIB);
     test_blocking_stream();
     test_stream_of_the_tensor();
     fixture_close(&f);
