@@ -215,9 +215,9 @@ VMM_API vmm_status vmm_pool_create(vmm_device *device, size_t block_bytes, size_
 /* vmm_pool_trim() - return to the driver what is free, recycled or mapped ahead, and what is
  * queued and no longer touched by the device.
  *   wait   0: only what can be had without waiting; else wait for the device
- * Returns VMM_ERR_CAPTURING between vmm_pool_capture_begin() and _end() when something
- * is queued (what needs no fence has been returned all the same), VMM_ERR_CLOSED,
- * VMM_ERR_DRIVER, VMM_ERR_FORKED. Thread-safe. */
+ * Returns VMM_ERR_CAPTURING when something is queued, between vmm_pool_capture_begin() and _end()
+ * and while a stream is captured that blocks the default stream (what needs no fence has been
+ * returned all the same), VMM_ERR_CLOSED, VMM_ERR_DRIVER, VMM_ERR_FORKED. Thread-safe. */
 VMM_API vmm_status vmm_pool_trim(vmm_pool *pool, int wait);
 
 /* vmm_pool_set_lookahead() - a thread of the pool maps blocks ahead of the growth of its
