@@ -11,4 +11,5 @@ cdef class Cursor:
     cdef vmm_pin *interface_pin
 
     cdef TensorCore made(self)
+    cdef vmm_pin *pin(self) except NULL
     cdef int region(self, vmm_stream stream, Region *out) except -1

@@ -19,6 +19,8 @@ from pyvmm._libvmm cimport (
     vmm_dtype,
     vmm_last_stream,
     vmm_length_count,
+    vmm_pin,
+    vmm_pin_cursor,
     vmm_status,
     vmm_tensor,
     vmm_unpin,
@@ -44,8 +46,11 @@ cdef class Cursor:
     Append, grow, truncate and replayed graphs keep it current, in the order of their streams,
     so that kernels read how far the tensor goes (attention kernels call it the sequence
     lengths). torch.from_dlpack(t.cursor), cupy.asarray(t.cursor), on the host
-    numpy.asarray(t.cursor): they share its memory, at an address that never changes, and are
-    to be read only. While one lives the tensor cannot be closed; truncating is allowed.
+    numpy.asarray(t.cursor): they share its memory, at an address that never changes. While one
+    lives the tensor cannot be closed; truncating is allowed.
+
+    To be read only: who writes there sends replayed appends to wrong rows. The exports say so
+    and NumPy and JAX hold to it; torch, CuPy and Paddle make writable arrays of anything.
     """
 
     def __init__(self):
@@ -81,6 +86,11 @@ cdef class Cursor:
         out.ndim = 1
         out.strides[0] = 4
         return 0
+
+    cdef vmm_pin *pin(self) except NULL:
+        cdef vmm_pin *pin
+        check(vmm_pin_cursor(self.made().handle, &pin))
+        return pin
 
     @property
     def shape(self):
@@ -139,14 +149,14 @@ cdef class Cursor:
         self.__reduce__()
 
     def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
-        """A DLPack capsule, sharing memory that is to be read only. `stream` is the consumer's,
-        and finds it current; see VTensor.__dlpack__()."""
+        """A DLPack capsule, sharing memory that is to be read only; a versioned one says so.
+        `stream` is the consumer's, and finds it current; see VTensor.__dlpack__()."""
         cdef TensorCore tensor = self.made()
         cdef vmm_stream consumer = consumer_of(tensor, stream, dl_device, copy)
         cdef Region region
         self.region(consumer, &region)
-        return make_capsule(&region, tensor.pin(0), max_version is not None
-                            and max_version[0] >= 1)
+        return make_capsule(&region, self.pin(), max_version is not None
+                            and max_version[0] >= 1, read_only=True)
 
     def __dlpack_device__(self):
         """DLPack's (device type, device number), as the tensor's."""
@@ -161,7 +171,7 @@ cdef class Cursor:
         if flags & PyBUF_WRITABLE:
             raise BufferError("a cursor is read only: append(), grow() and truncate() move it")
         self.region(VMM_STREAM_NONE, &region)
-        fill_buffer(buffer, flags, &region, tensor.pin(0), b"i")
+        fill_buffer(buffer, flags, &region, self.pin(), b"i")
         buffer.readonly = True
         buffer.obj = self
 
@@ -192,7 +202,7 @@ cdef class Cursor:
             raise AttributeError("__cuda_array_interface__")
         self.region(VMM_STREAM_NONE, &region)
         if self.interface_pin == NULL:
-            self.interface_pin = tensor.pin(0)
+            self.interface_pin = self.pin()
         stream = vmm_last_stream(tensor.handle)
         return {
             "shape": self.shape,

@@ -78,5 +78,5 @@ cdef inline bint is_on_gpu(DLDevice device) noexcept:
             or device.device_type == DL_CUDA_MANAGED)
 
 
-cdef object make_capsule(const Region *region, vmm_pin *pin, bint versioned)
+cdef object make_capsule(const Region *region, vmm_pin *pin, bint versioned, bint read_only=*)
 cdef DLTensor *read_capsule(object capsule) except NULL

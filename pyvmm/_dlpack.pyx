@@ -12,6 +12,7 @@ from cpython.pycapsule cimport (
     PyCapsule_IsValid,
     PyCapsule_New,
 )
+from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from pyvmm._libvmm cimport VMM_MAX_NDIM, vmm_pin, vmm_unpin
@@ -55,8 +56,13 @@ cdef void _destroy_capsule(object capsule) noexcept:
         _drop(<Export *>context)
 
 
-cdef object make_capsule(const Region *region, vmm_pin *pin, bint versioned):
-    """A capsule over the region. Takes the pin over, also when it fails."""
+# DLManagedTensorVersioned.flags
+cdef uint64_t READ_ONLY = 1
+
+
+cdef object make_capsule(const Region *region, vmm_pin *pin, bint versioned, bint read_only=False):
+    """A capsule over the region. Takes the pin over, also when it fails. A legacy capsule cannot
+    say that it is read only."""
     cdef Export *export = <Export *>malloc(sizeof(Export))
     if export == NULL:
         vmm_unpin(pin)
@@ -69,7 +75,7 @@ cdef object make_capsule(const Region *region, vmm_pin *pin, bint versioned):
         export.versioned.version = DLPackVersion(1, 0)
         export.versioned.manager_ctx = export
         export.versioned.deleter = _delete_versioned
-        export.versioned.flags = 0
+        export.versioned.flags = READ_ONLY if read_only else 0
     else:
         export.legacy.manager_ctx = export
         export.legacy.deleter = _delete_legacy

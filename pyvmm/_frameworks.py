@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 
@@ -20,3 +21,10 @@ def gpu_kind(framework: Any) -> str:
 def gpu_name(framework: Any, index: int) -> str:
     """pyvmm's name for the GPU of that number of the framework: "cuda:0", "hip:0"."""
     return f"{gpu_kind(framework)}:{index}"
+
+
+def is_capturing() -> bool:
+    """Whether torch, where it is loaded, is capturing a graph on this thread. Its streams do not
+    block the default stream, so the library cannot find out by itself."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    return cuda is not None and bool(cuda.is_current_stream_capturing())

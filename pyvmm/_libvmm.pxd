@@ -199,6 +199,7 @@ cdef extern from "vmm.h" nogil:
         pass
 
     vmm_status vmm_pin_rows(vmm_tensor *tensor, size_t n_rows, vmm_pin **out)
+    vmm_status vmm_pin_cursor(vmm_tensor *tensor, vmm_pin **out)
     void vmm_unpin(vmm_pin *pin)
     void vmm_pin_shown(vmm_tensor *tensor)
 

@@ -67,11 +67,11 @@ cdef size_t LOOKAHEAD_BYTES = 256 << 20
 
 cdef size_t lookahead_bytes_of(object lookahead) except? 0:
     """None, False or 0 (off), True, 268435456 or "256MiB"."""
-    if lookahead is None or lookahead is False or (type(lookahead) is int and lookahead == 0):
+    if lookahead is None or lookahead is False:
         return 0
     if lookahead is True:
         return LOOKAHEAD_BYTES
-    return <size_t>byte_count(lookahead, "lookahead")
+    return <size_t>byte_count(lookahead, "lookahead", least=0)
 
 
 cdef dict calls_by_name(const uint64_t *counts):

@@ -40,15 +40,15 @@ def count(value: object, name: str, least: int = 0) -> int:
     return number
 
 
-def byte_count(value: object, name: str) -> int:
-    """Bytes, at least 1, from an integer or a string such as "4096", "32MiB", "1.5 GiB", "2 MB".
+def byte_count(value: object, name: str, least: int = 1) -> int:
+    """Bytes, at least `least`, from an integer or a string: "4096", "32MiB", "1.5 GiB", "2 MB".
 
     KiB, MiB, GiB, TiB count by 1024 and kB, MB, GB, TB by 1000; case does not matter.
-    Raises TypeError, ValueError (does not parse, no whole bytes, none), OverflowError.
+    Raises TypeError, ValueError (does not parse, no whole bytes, too few), OverflowError.
     """
     if not isinstance(value, str):
         try:
-            return count(value, name, 1)
+            return count(value, name, least)
         except TypeError:
             kind = type(value).__name__
             raise TypeError(
@@ -66,7 +66,7 @@ def byte_count(value: object, name: str) -> int:
         raise ValueError(f"{name} '{value}' is no whole number of bytes")
     if n_bytes > sys.maxsize:
         raise OverflowError(f"{name} '{value}' does not fit 64 bits")
-    return count(int(n_bytes), name, 1)
+    return count(int(n_bytes), name, least)
 
 
 def size_text(n_bytes: int) -> str:

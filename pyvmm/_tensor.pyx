@@ -56,6 +56,7 @@ from pyvmm._stream cimport drop_what_was_read, stream_of
 from pyvmm._view cimport reserved_view, view_of
 
 from pyvmm._dtypes import element_of
+from pyvmm._frameworks import is_capturing
 from pyvmm._sizes import count
 
 cdef dict _LAYOUTS = {
@@ -103,9 +104,6 @@ def empty(shape, dtype="float32", *, axis=None, capacity, device=None, layout=No
     cdef Pool memory
     cdef vmm_spec spec
     cdef int64_t sizes[VMM_MAX_NDIM]
-    cdef vmm_tensor *handle
-    cdef vmm_pool *pool_handle
-    cdef vmm_status status
     cdef Py_ssize_t rows, n_rows
     cdef int ndim, i
 
@@ -145,13 +143,23 @@ def empty(shape, dtype="float32", *, axis=None, capacity, device=None, layout=No
     elif block_size != "auto":
         block_size = spec.block_bytes
 
+    if memory.location.device_type == DL_CPU or not is_capturing():
+        return _reserve(memory, &spec, element.dtype, layout, block_size, n_rows)
+    with memory.capturing():
+        return _reserve(memory, &spec, element.dtype, layout, block_size, n_rows)
+
+
+cdef VTensor _reserve(Pool memory, const vmm_spec *spec, object dtype, str layout,
+                      object block_size, Py_ssize_t n_rows):
     cdef VTensor tensor = VTensor.__new__(VTensor)
-    pool_handle = memory.enter("empty")
+    cdef vmm_tensor *handle
+    cdef vmm_status status
+    cdef vmm_pool *pool_handle = memory.enter("empty")
     with nogil:
-        status = vmm_reserve(pool_handle, &spec, &handle)
+        status = vmm_reserve(pool_handle, spec, &handle)
     memory.leave()
     check(status)
-    tensor.adopt(handle, memory, element.dtype, layout, block_size, spec.zero)
+    tensor.adopt(handle, memory, dtype, layout, block_size, spec.zero)
     if n_rows:
         tensor.grow(n_rows)
     return tensor

@@ -192,7 +192,9 @@ VMM_API vmm_status vmm_device_query(vmm_device *device, vmm_device_info *out);
  * (pool, lanes, bytes of a lane, block size) takes its addresses and blocks over, and
  * grows over them without a driver call. A recycled range is unmapped when memory is
  * short (the budget, the device), when more lies idle than was ever in use at once,
- * and by vmm_pool_trim().
+ * and by vmm_pool_trim(). With a CUDA driver before 12.5 and on HIP a fence waits for the device, so
+ * none is taken to open a tensor: what was closed is taken over only once a growth that had run out
+ * of memory has waited.
  */
 typedef struct vmm_pool vmm_pool;
 
@@ -213,9 +215,9 @@ VMM_API vmm_status vmm_pool_create(vmm_device *device, size_t block_bytes, size_
 /* vmm_pool_trim() - return to the driver what is free, recycled or mapped ahead, and what is
  * queued and no longer touched by the device.
  *   wait   0: only what can be had without waiting; else wait for the device
- * Returns VMM_ERR_CAPTURING between vmm_pool_capture_begin() and _end() when something
- * is queued (what needs no fence has been returned all the same), VMM_ERR_CLOSED,
- * VMM_ERR_DRIVER, VMM_ERR_FORKED. Thread-safe. */
+ * Returns VMM_ERR_CAPTURING when something is queued, between vmm_pool_capture_begin() and _end()
+ * and while a stream is captured that blocks the default stream (what needs no fence has been
+ * returned all the same), VMM_ERR_CLOSED, VMM_ERR_DRIVER, VMM_ERR_FORKED. Thread-safe. */
 VMM_API vmm_status vmm_pool_trim(vmm_pool *pool, int wait);
 
 /* vmm_pool_set_lookahead() - a thread of the pool maps blocks ahead of the growth of its
@@ -248,7 +250,9 @@ VMM_API vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, vo
 
 /* vmm_pool_capture_begin(), _end() - bracket a stream capture anywhere in the process.
  * A fence would invalidate the capture, so between the two none is taken: queued memory
- * stays queued, and a pool that can only go on with it reports out of memory. They nest
+ * stays queued, and a pool that can only go on with it reports out of memory. Without them none
+ * is taken either while a stream is captured that blocks the default stream, or the one that the
+ * call names or the tensor was last written on; of others the driver tells nothing. They nest
  * and count. _end() without _begin() returns VMM_ERR_INVALID. Thread-safe. */
 VMM_API vmm_status vmm_pool_capture_begin(vmm_pool *pool);
 VMM_API vmm_status vmm_pool_capture_end(vmm_pool *pool);
@@ -352,8 +356,8 @@ typedef struct vmm_tensor vmm_tensor;
  * Returns VMM_ERR_INVALID, VMM_ERR_OVERFLOW, VMM_ERR_OUT_OF_MEMORY, VMM_ERR_DRIVER (the
  * address range was refused: ask for a smaller capacity), VMM_ERR_CLOSED, VMM_ERR_FORKED.
  * Cost: one driver call; where a closed tensor of the same geometry is taken over, none, or one
- * fence and one query of it. That fence would break a stream capture, as vmm_pool_capture_begin()
- * says. Thread-safe. */
+ * fence and one query of it. That fence would end the capture of a stream that does not block the
+ * default stream, as vmm_pool_capture_begin() says. Thread-safe. */
 VMM_API vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out);
 
 /* vmm_close() - give the memory back and free the tensor.
@@ -590,11 +594,22 @@ VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
  * appends to the tensor, and once after; and so does vmm_truncate(), which gives up what has not
  * been followed, the flag of an overflow included.
  *
+ * Where append, grow or truncate has returned the driver's error, the device may have moved the
+ * cursor all the same. The next of these calls sets it anew; with a graph that appends it looks
+ * first, as above, and so do vmm_cursor() and vmm_advance() until then: VMM_ERR_BUSY says where
+ * the cursor is, if that is neither the host's length nor what is being followed. Meanwhile no
+ * append is captured (VMM_ERR_BUSY).
+ *
  * A graph that appends pins the tensor (see 9.) until it and all that was instantiated of it are
  * destroyed, which some drivers notice a moment later. Truncating, trimming and mapping are
  * allowed meanwhile; what a replay finds trimmed away is an overflow. The graph does so by a user
  * object of CUDA's, for which the driver charges each launch of it (1.7 us on an H100, driver
  * 580): whoever knows when the graph ends can have the pins instead, vmm_graph_pins_open().
+ *
+ * cuGraphExecUpdate() has the executable graph pin what the graph pins that it was updated from,
+ * and no longer what it pinned before. hipGraphExecUpdate() leaves it as it was: keep that graph as
+ * long as the executable one. No driver moves a pin where single nodes of an executable graph are
+ * changed.
  *
  * A replay is ordered by its stream like any work, and the library does not see it: launch it on
  * the stream that was captured, or order streams yourself. Not captured: host sources and
@@ -623,7 +638,8 @@ VMM_API int vmm_has_cursor(const vmm_tensor *tensor);
  * Returns VMM_ERR_INVALID (no append has been captured), VMM_ERR_BUSY, VMM_ERR_FORKED;
  * VMM_ERR_CAPACITY for an overflow: more rows than are mapped, or a replay has set the flag,
  * which is taken back. Such a replay has appended nothing: map more, and replay again.
- * No driver call. */
+ * No driver call; where setting the cursor has failed (see above) it waits for the device, and
+ * returns VMM_ERR_BUSY, VMM_ERR_CAPTURING and VMM_ERR_DRIVER, too. */
 VMM_API vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows);
 
 /* vmm_graph_pins_open() - be who keeps the tensors of a graph. Call it while `stream` is being
@@ -659,13 +675,19 @@ typedef struct vmm_pin vmm_pin;
  * Thread-safe against everything but vmm_close() and vmm_release() of this tensor. */
 VMM_API vmm_status vmm_pin_rows(vmm_tensor *tensor, size_t n_rows, vmm_pin **out);
 
+/* vmm_pin_cursor() - pin the tensor for someone who reads its cursor, or appends at it, as graphs
+ * do: it cannot be closed, and no row of it is pinned, whatever vmm_pin_shown() says.
+ * Returns VMM_ERR_INVALID (NULL), VMM_ERR_OUT_OF_MEMORY, VMM_ERR_FORKED. Thread-safe as the
+ * above. */
+VMM_API vmm_status vmm_pin_cursor(vmm_tensor *tensor, vmm_pin **out);
+
 /* vmm_unpin() - drop a pin. Never fails; makes no CUDA call and takes no lock that is held
  * across one, so it may run on any thread, inside a host callback of a stream, and after
  * the owner of the tensor is gone. NULL is ignored. */
 VMM_API void vmm_unpin(vmm_pin *pin);
 
-/* vmm_pin_shown() - from now on, and until there is no pin left, any pin covers all rows that
- * are in use now: for arrays that are cut out of the memory behind one that was pinned before
+/* vmm_pin_shown() - from now on, and until no pin of rows is left (of 0 rows, too), any such pin
+ * covers all rows that are in use now: for arrays that are cut out of the memory behind one that was pinned before
  * they were appended. Never fails. */
 VMM_API void vmm_pin_shown(vmm_tensor *tensor);
 

@@ -75,6 +75,11 @@ vmm_status append_captured(size_t n_tensors, vmm_tensor *const *tensors, const v
         if (append_rows(tensors[i], &sources[i]) == 0)
             continue;
         status = cursor_make(tensors[i]);
+        if (!status && tensors[i]->cursor->stale)
+            status = vmm_fail(VMM_ERR_BUSY, operation,
+                              "setting the cursor has failed, and a capture cannot set it anew: "
+                              "append() or truncate(%zu) before it",
+                              tensors[i]->length);
         if (!status)
             status = pin_graph(tensors[i], stream, capture);
     }

@@ -246,8 +246,20 @@ vmm_status cursor_settle(vmm_tensor *tensor, vmm_stream stream) {
     return pool_wait(tensor->pool, tensor->driver_calls, stream);
 }
 
-/* The device is at rest: does it have the host's lengths? */
-static vmm_status compare(vmm_tensor *tensor, const char *operation) {
+/* What is said of a cursor that could not be set, where it is elsewhere. */
+static vmm_status fail_stale(const vmm_tensor *tensor, const char *operation, long long ahead) {
+    if (ahead <= 0)
+        return vmm_fail(VMM_ERR_BUSY, operation,
+                        "setting the cursor has failed: truncate(%zu) sets it anew",
+                        tensor->length);
+    return vmm_fail(VMM_ERR_BUSY, operation,
+                    "setting the cursor has failed, and it is %lld row(s) ahead of the host: "
+                    "advance(%lld) if graphs have appended so many since, else truncate(%zu)",
+                    ahead, ahead, tensor->length);
+}
+
+/* The device is at rest: does it have the host's lengths, and `n_rows` more of each? */
+static vmm_status compare(vmm_tensor *tensor, size_t n_rows, const char *operation) {
     tensor_cursor *cursor = tensor->cursor;
     size_t n = cursor->n_entries;
     /* Asked first: a graph that goes meanwhile is looked at by the next call. */
@@ -259,12 +271,16 @@ static vmm_status compare(vmm_tensor *tensor, const char *operation) {
                                cursor->control->address, n * sizeof *values);
     for (size_t i = 0; i < n && !status; i++) {
         long long ahead = (long long)values[i] - (long long)lanes_length(tensor, i);
-        if (ahead > 0)
+        if (ahead == (long long)n_rows)
+            continue;
+        if (cursor->stale)
+            status = fail_stale(tensor, operation, ahead);
+        else if (ahead > 0)
             status = vmm_fail(VMM_ERR_BUSY, operation,
                               "a graph has appended %lld row(s) that the host has not followed: "
                               "call advance(%lld) first, or truncate(%zu) to give them up",
                               ahead, ahead, tensor->length);
-        else if (ahead < 0)
+        else
             status = vmm_fail(VMM_ERR_BUSY, operation,
                               "advance() was told %lld row(s) more than graphs have appended: "
                               "truncate(%lld) first",
@@ -283,15 +299,21 @@ vmm_status cursor_check(size_t n_tensors, vmm_tensor *const *tensors, vmm_stream
     vmm_status status = VMM_OK;
     for (size_t i = 0; i < n_tensors && !status; i++) {
         const tensor_cursor *cursor = tensors[i]->cursor;
-        if (!cursor || !cursor->may_differ || cursor->stale)
+        if (!cursor || !cursor->may_differ)
             continue;
         if (!waited)
             status = cursor_settle(tensors[i], stream);
         waited = true;
         if (!status)
-            status = compare(tensors[i], operation);
+            status = compare(tensors[i], 0, operation);
     }
     return status;
+}
+
+/* Setting it has failed; the lengths are the host's again, or still. */
+static vmm_status set_anew(vmm_tensor *tensor, const char *operation) {
+    cursor_extend_next(tensor, NULL, 0);
+    return write_cursor(tensor, order_write_stream(tensor), operation);
 }
 
 /* ---- public ------------------------------------------------------------------------------ */
@@ -308,9 +330,9 @@ vmm_status vmm_cursor(vmm_tensor *tensor, vmm_stream stream, int32_t **out) {
     if (!status)
         status = cursor_show_mapped(tensor, tensor->mapped);
     if (!status && tensor->cursor->stale) {
-        vmm_stream last = order_write_stream(tensor);
-        cursor_extend_next(tensor, NULL, 0);
-        status = write_cursor(tensor, last, "cursor");
+        status = cursor_check(1, &tensor, order_write_stream(tensor), "cursor");
+        if (!status)
+            status = set_anew(tensor, "cursor");
     }
     if (!status && stream != VMM_STREAM_NONE)
         status = order_before_write(tensor, stream);
@@ -337,15 +359,29 @@ vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows) {
                         "overflow: %zu row(s) after %zu are more than the %zu that are mapped, so "
                         "the replay has not written them: map(%zu) before the replay",
                         n_rows, tensor->length, tensor->mapped, tensor->length + n_rows);
+    bool uncertain = cursor->stale && cursor->may_differ; /* where replays have begun */
+    if (uncertain)
+        status = cursor_settle(tensor, order_write_stream(tensor));
+    if (status)
+        return status;
     if (__atomic_load_n(cursor->control->flag, __ATOMIC_ACQUIRE)) {
         __atomic_store_n(cursor->control->flag, 0, __ATOMIC_RELAXED);
         return vmm_fail(VMM_ERR_CAPACITY, "advance",
                         "overflow: a replay came to the end of the rows that were mapped and has "
                         "not appended: map() before the replay, and replay again");
     }
+    if (uncertain)
+        status = compare(tensor, n_rows, "advance");
+    if (status)
+        return status;
     if (tensor->is_ragged)
         lanes_extend(tensor, NULL, n_rows);
     else
         tensor_set_length(tensor, tensor->length + n_rows);
+    if (uncertain) {
+        vmm_undo_begin(); /* else it stays uncertain */
+        set_anew(tensor, "advance");
+        vmm_undo_end();
+    }
     return VMM_OK;
 }

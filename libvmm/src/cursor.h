@@ -17,7 +17,7 @@ typedef struct tensor_cursor {
     size_t *next, *before; /* what cursor_set() makes of it; what a truncation goes back to */
     bool has_next;         /* for cursor_set() */
     size_t shown_mapped;   /* what the device has been told; never more than is mapped */
-    bool stale;            /* setting it has failed */
+    bool stale; /* setting it has failed: what the device has is known by looking alone */
     /* A graph has been captured that appends, so what the device has may be ahead of the host. */
     bool is_captured, may_differ;
     uint64_t last_capture; /* that has pinned it */

@@ -100,7 +100,9 @@ typedef struct driver_ops {
     vmm_status (*event_wait)(void *state, vmm_stream stream, driver_event event, bool external);
     vmm_status (*event_query)(void *state, driver_event event, bool *done);
     vmm_status (*event_synchronize)(void *state, driver_event event);
-    /* Record `event` behind everything submitted to the device so far, on every stream. */
+    /* Record `event` behind everything submitted to the device so far, on every stream.
+     * VMM_ERR_CAPTURING, and nothing is recorded, while a blocking stream is captured; in the
+     * capture of another stream it must not be called, which it would end. */
     vmm_status (*fence)(void *state, driver_event event);
     /* Does fence wait for the device, for want of such an event? */
     bool (*fence_waits)(void *state);

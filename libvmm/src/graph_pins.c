@@ -52,7 +52,7 @@ vmm_status graph_pins_add(vmm_tensor *tensor, vmm_stream stream, uint64_t captur
     if (!held)
         return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "append", "no host memory left");
     held->tensor = tensor;
-    vmm_status status = vmm_pin_rows(tensor, 0, &held->pin);
+    vmm_status status = vmm_pin_cursor(tensor, &held->pin);
     if (status) {
         free(held);
         return status;

@@ -1,9 +1,11 @@
 /* lookahead.c - one thread for each pool that has look-ahead on: it maps and opens blocks behind
  * the live ones of ranges that grow, so that growth finds them there.
  *
- * It polls while something grows: a growth that had to wake it would pay for that. It takes the
- * work lock for one block at a time, only when it is free and nobody waits for it. It has no
- * errors to tell: where the driver refuses it waits a while.
+ * It polls while something grows: a growth that had to wake it would pay for that. It walks over
+ * all ranges and lanes, a few at a time, since growth wants the lock that this takes, and notes
+ * those that are short of blocks most. For these it takes the work lock for one block at a time,
+ * only when it is free and nobody waits for it. It has no errors to tell: where the driver refuses
+ * it waits a while.
  */
 #define _GNU_SOURCE
 #include "lookahead.h"
@@ -27,6 +29,22 @@
 #define IDLE_NS (1000 * NS_PER_MS)   /* then what was mapped ahead goes */
 #define REFUSED_NS (100 * NS_PER_MS) /* before a driver that has refused is asked again */
 
+/* Lanes that are looked at before others may have the lock, a few microseconds; a range, which is
+ * somewhere else in memory, counts as several. As long a pause lets them come before us. */
+#define WALK_LANES 512
+#define WALK_LANES_PER_RANGE 8
+#define WALK_PAUSE_NS 20000
+#define PICKS 256
+
+/* Something to do, if it still is when its turn comes. */
+typedef struct pick {
+    range *range;
+    size_t lane;  /* to map a block for; RELEASE: the range has more than it wants */
+    size_t spare; /* the bytes that are mapped behind the lane already */
+} pick;
+
+#define RELEASE SIZE_MAX
+
 typedef struct lookahead {
     vmm_pool *pool;
     pthread_t thread;
@@ -34,7 +52,11 @@ typedef struct lookahead {
     size_t max_bytes;
     bool sleeps; /* until it is woken */
     bool stop;
-    bool ended;             /* the thread touches nothing any more */
+    bool ended;     /* the thread touches nothing any more */
+    pool_entry *at; /* where the walk is, and in which lane; moves on if that goes */
+    size_t lane;
+    size_t n_picks; /* the most urgent first; those of a range that goes, go */
+    pick picks[PICKS];
     uint64_t not_before_ns; /* the thread's own */
     struct lookahead *next; /* in the list of those that run */
 } lookahead;
@@ -85,84 +107,148 @@ static void look_at(range *range, uint64_t now, uint64_t passed_ns) {
 
 typedef enum activity { ASLEEP, WAITING, GROWING } activity;
 
-/* Look at every range. Under lock. */
-static activity look(vmm_pool *pool, uint64_t now, uint64_t passed_ns) {
+static activity activity_of(const range *range, uint64_t now) {
+    if (range->growth.grew_ns && now - range->growth.grew_ns < GROWING_NS)
+        return GROWING;
+    return range->growth.wanted_bytes || range->entry.bytes[POOL_AHEAD] ? WAITING : ASLEEP;
+}
+
+/* Is there room for another block of the lane, and a wish? What does not fit what look-ahead may
+ * hold waits. Under lock. */
+static bool wants_block(const lookahead *it, const range *range, size_t lane) {
+    size_t ahead = it->pool->bytes[POOL_AHEAD], bytes = range_next_block_bytes(range, lane);
+    return spare_in_lane(&range->lanes[lane]) < range->growth.wanted_bytes && bytes &&
+           ahead < it->max_bytes && bytes <= it->max_bytes - ahead;
+}
+
+/* Has it more than it wants: it does not grow any more, or look-ahead may hold less than before?
+ * Under lock. */
+static bool has_too_much(const lookahead *it, const range *range) {
+    return range->entry.bytes[POOL_AHEAD] &&
+           (it->pool->bytes[POOL_AHEAD] > it->max_bytes || !range->growth.wanted_bytes);
+}
+
+/* First what is to be released, then the lanes with the least behind them. Under lock. */
+static void note(lookahead *it, range *range, size_t lane) {
+    size_t spare = lane == RELEASE ? 0 : spare_in_lane(&range->lanes[lane]);
+    size_t place = it->n_picks;
+    while (place > 0 && (it->picks[place - 1].spare > spare ||
+                         (lane == RELEASE && it->picks[place - 1].lane != RELEASE)))
+        place--;
+    if (place == PICKS)
+        return;
+    size_t n_kept = it->n_picks < PICKS ? it->n_picks : PICKS - 1;
+    memmove(&it->picks[place + 1], &it->picks[place], (n_kept - place) * sizeof *it->picks);
+    it->picks[place] = (pick){range, lane, spare};
+    it->n_picks = n_kept + 1;
+}
+
+/* A pause for those who want the lock; without it whoever waits for the lock may find it taken
+ * again. Under lock. */
+static void let_others(lookahead *it) {
+    struct timespec pause = {.tv_nsec = WALK_PAUSE_NS};
+    pthread_mutex_unlock(&it->pool->lock);
+    nanosleep(&pause, NULL);
+    pthread_mutex_lock(&it->pool->lock);
+}
+
+/* Look at every range, and note what is to be done. Under lock, with pauses. */
+static activity walk(lookahead *it, uint64_t now, uint64_t passed_ns) {
     activity most = ASLEEP;
-    for (pool_entry *entry = pool->live; entry; entry = entry->next_live) {
-        range *range = (struct range *)entry;
-        look_at(range, now, passed_ns);
-        if (range->growth.grew_ns && now - range->growth.grew_ns < GROWING_NS)
-            most = GROWING;
-        else if ((range->growth.wanted_bytes || entry->bytes[POOL_AHEAD]) && most == ASLEEP)
-            most = WAITING;
+    size_t left = WALK_LANES;
+    it->n_picks = 0;
+    it->lane = 0;
+    for (it->at = it->pool->live; it->at && !it->stop;) {
+        range *range = (struct range *)it->at;
+        if (it->lane == 0) {
+            look_at(range, now, passed_ns);
+            activity activity = activity_of(range, now);
+            most = activity > most ? activity : most;
+            if (has_too_much(it, range))
+                note(it, range, RELEASE);
+            left -= left < WALK_LANES_PER_RANGE ? left : WALK_LANES_PER_RANGE;
+        }
+        size_t n_lanes = range->growth.wanted_bytes ? range->n_lanes : 0;
+        for (; it->lane < n_lanes && left > 0; it->lane++, left--)
+            if (wants_block(it, range, it->lane))
+                note(it, range, it->lane);
+        if (it->lane >= n_lanes) {
+            it->at = it->at->next_live;
+            it->lane = 0;
+        }
+        if (left == 0 && it->at) {
+            let_others(it);
+            left = WALK_LANES;
+        }
     }
+    it->at = NULL;
     return most;
 }
 
-/* The range and lane that come next: with the least behind them of those that want more. What
- * does not fit what look-ahead may hold waits. Under lock. */
-static range *pick_growing(lookahead *it, size_t *lane) {
-    size_t room = it->max_bytes - it->pool->bytes[POOL_AHEAD], least = SIZE_MAX;
-    range *picked = NULL;
-    if (it->pool->bytes[POOL_AHEAD] >= it->max_bytes)
-        return NULL;
-    for (pool_entry *entry = it->pool->live; entry; entry = entry->next_live) {
-        range *range = (struct range *)entry;
-        for (size_t i = 0; i < range->n_lanes && range->growth.wanted_bytes; i++) {
-            size_t spare = spare_in_lane(&range->lanes[i]);
-            size_t bytes = range_next_block_bytes(range, i);
-            if (spare < range->growth.wanted_bytes && spare < least && bytes && bytes <= room) {
-                least = spare;
-                picked = range;
-                *lane = i;
-            }
-        }
+void lookahead_forget_locked(vmm_pool *pool, const pool_entry *entry) {
+    lookahead *it = pool->lookahead;
+    if (!it)
+        return;
+    if (it->at == entry) {
+        it->at = entry->next_live;
+        it->lane = 0;
     }
-    return picked;
-}
-
-/* A range that has more than it wants: it does not grow any more, or look-ahead may hold less
- * than before. Under lock. */
-static range *pick_idle(lookahead *it) {
-    bool over = it->pool->bytes[POOL_AHEAD] > it->max_bytes;
-    for (pool_entry *entry = it->pool->live; entry; entry = entry->next_live)
-        if (entry->bytes[POOL_AHEAD] && (over || !((range *)entry)->growth.wanted_bytes))
-            return (range *)entry;
-    return NULL;
+    size_t n_kept = 0;
+    for (size_t i = 0; i < it->n_picks; i++)
+        if (&it->picks[i].range->entry != entry)
+            it->picks[n_kept++] = it->picks[i];
+    it->n_picks = n_kept;
 }
 
 /* ---- mapping ------------------------------------------------------------------------ */
+
+/* The first of the picks that is still to be done. Under lock. */
+static bool take_pick(lookahead *it, uint64_t now, pick *out) {
+    size_t i = 0;
+    bool found = false;
+    for (; i < it->n_picks && !found && !it->stop; i++) {
+        *out = it->picks[i];
+        found = out->lane == RELEASE
+                    ? has_too_much(it, out->range)
+                    : now >= it->not_before_ns && wants_block(it, out->range, out->lane);
+    }
+    it->n_picks -= i;
+    memmove(it->picks, &it->picks[i], it->n_picks * sizeof *it->picks);
+    return found;
+}
 
 /* Map or release one block, with the work lock held: nothing that is picked goes meanwhile.
  * Returns whether there was something to do, and it was done. */
 static bool do_one(lookahead *it, pool_work *work, uint64_t now) {
     vmm_pool *pool = it->pool;
-    size_t lane = 0;
+    pick pick;
     pthread_mutex_lock(&pool->lock);
-    range *idle = it->stop ? NULL : pick_idle(it);
-    range *growing = it->stop || idle || now < it->not_before_ns ? NULL : pick_growing(it, &lane);
+    bool found = take_pick(it, now, &pick);
     pthread_mutex_unlock(&pool->lock);
-    if (idle)
-        return range_release_ahead(idle, work);
-    if (!growing)
+    if (!found)
         return false;
-    if (range_map_ahead(growing, lane, work) == VMM_OK)
+    if (pick.lane == RELEASE)
+        return range_release_ahead(pick.range, work);
+    if (range_map_ahead(pick.range, pick.lane, work) == VMM_OK)
         return true;
     it->not_before_ns = now + REFUSED_NS;
     return false;
 }
 
-/* As long as there is something to do and nobody else wants the lock. */
-static void map_ahead(lookahead *it, uint64_t now) {
+/* As long as there is something to do and nobody else wants the lock. Returns whether all was
+ * done, so that there may be more. */
+static bool map_ahead(lookahead *it, uint64_t now) {
     vmm_pool *pool = it->pool;
-    bool more = true;
+    bool more = true, any = false;
     while (more && __atomic_load_n(&pool->work_waiters, __ATOMIC_RELAXED) == 0 &&
            pthread_mutex_trylock(&pool->work) == 0) {
         pool_work work = {.pool = pool, .stream = VMM_STREAM_NONE};
         more = do_one(it, &work, now);
+        any |= more;
         pthread_mutex_unlock(&pool->work);
         pool_drain(pool); /* what others left to whoever had the lock */
     }
+    return any && !more;
 }
 
 /* Under lock. */
@@ -192,14 +278,16 @@ static void *run(void *argument) {
     pthread_mutex_lock(&pool->lock);
     while (!it->stop) {
         uint64_t now = now_ns();
-        activity activity = look(pool, now, now - last);
+        activity activity = walk(it, now, now - last);
+        bool again = false;
         last = now;
-        if (activity != ASLEEP) {
+        if (it->n_picks) {
             pthread_mutex_unlock(&pool->lock);
-            map_ahead(it, now);
+            again = map_ahead(it, now);
             pthread_mutex_lock(&pool->lock);
         }
-        rest(it, activity);
+        if (!again)
+            rest(it, activity);
     }
     it->ended = true;
     pthread_mutex_unlock(&pool->lock);
@@ -279,8 +367,12 @@ static vmm_status start(vmm_pool *pool, size_t max_bytes) {
     pthread_mutex_lock(&pool->lock);
     for (pool_entry *entry = pool->live; entry; entry = entry->next_live)
         ((range *)entry)->growth = (range_growth){.seen_bytes = entry->bytes[POOL_IN_USE]};
+    pool->lookahead = it; /* which is told of ranges that go from now on */
     pthread_mutex_unlock(&pool->lock);
     if (!stops_at_exit || at_exit || !start_thread(it)) {
+        pthread_mutex_lock(&pool->lock);
+        pool->lookahead = NULL;
+        pthread_mutex_unlock(&pool->lock);
         pthread_cond_destroy(&it->wake);
         free(it);
         return vmm_fail(VMM_ERR_OUT_OF_MEMORY, operation,
@@ -288,9 +380,6 @@ static vmm_status start(vmm_pool *pool, size_t max_bytes) {
     }
     it->next = running;
     running = it;
-    pthread_mutex_lock(&pool->lock);
-    pool->lookahead = it;
-    pthread_mutex_unlock(&pool->lock);
     return VMM_OK;
 }
 

@@ -7,6 +7,8 @@
 
 /* Under the pool's lock: a range has taken blocks into use. Wakes the thread if it sleeps. */
 void lookahead_wake_locked(vmm_pool *pool);
+/* Under the pool's lock, while it is still among the live ones: a range has no owner any more. */
+void lookahead_forget_locked(vmm_pool *pool, const pool_entry *entry);
 
 /* End the thread and wait for its end; what it has mapped stays. Returns the bytes that it was
  * allowed, 0 where there was none. No lock held. */

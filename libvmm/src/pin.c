@@ -5,20 +5,29 @@
 #include "error.h"
 #include "process.h"
 
-vmm_status vmm_pin_rows(vmm_tensor *tensor, size_t n_rows, vmm_pin **out) {
+static vmm_status make_pin(vmm_tensor *tensor, const char *operation, vmm_pin **out) {
     if (!out)
-        return vmm_fail(VMM_ERR_INVALID, "pin_rows", "out is NULL");
+        return vmm_fail(VMM_ERR_INVALID, operation, "out is NULL");
     *out = NULL;
     if (!tensor)
-        return vmm_fail(VMM_ERR_INVALID, "pin_rows", "tensor is NULL");
+        return vmm_fail(VMM_ERR_INVALID, operation, "tensor is NULL");
     if (tensor->process != vmm_process)
-        return vmm_fail(VMM_ERR_FORKED, "pin_rows", "the tensor belongs to the parent process");
-    vmm_pin *pin = malloc(sizeof *pin);
+        return vmm_fail(VMM_ERR_FORKED, operation, "the tensor belongs to the parent process");
+    vmm_pin *pin = calloc(1, sizeof *pin);
     if (!pin)
-        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "pin_rows", "no host memory left");
+        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, operation, "no host memory left");
     pin->tensor = tensor;
+    *out = pin;
+    return VMM_OK;
+}
+
+vmm_status vmm_pin_rows(vmm_tensor *tensor, size_t n_rows, vmm_pin **out) {
+    vmm_status status = make_pin(tensor, "pin_rows", out);
+    if (status)
+        return status;
+    vmm_pin *pin = *out;
+    pin->shows_rows = true;
     pin->n_rows = n_rows;
-    pin->previous = NULL;
     pthread_mutex_lock(&tensor->pin_lock);
     size_t length = vmm_length(tensor);
     if (n_rows <= length) {
@@ -33,17 +42,21 @@ vmm_status vmm_pin_rows(vmm_tensor *tensor, size_t n_rows, vmm_pin **out) {
     pthread_mutex_unlock(&tensor->pin_lock);
     if (n_rows > length) {
         free(pin);
+        *out = NULL;
         return vmm_fail(VMM_ERR_INVALID, "pin_rows", "%zu rows are more than the length, %zu",
                         n_rows, length);
     }
-    *out = pin;
     return VMM_OK;
 }
 
-void vmm_unpin(vmm_pin *pin) {
-    if (!pin || pin->tensor->process != vmm_process)
-        return; /* a forked child leaves the parent's books alone */
-    vmm_tensor *tensor = pin->tensor;
+vmm_status vmm_pin_cursor(vmm_tensor *tensor, vmm_pin **out) {
+    vmm_status status = make_pin(tensor, "pin_cursor", out);
+    if (!status)
+        __atomic_fetch_add(&tensor->references, 1, __ATOMIC_RELAXED);
+    return status;
+}
+
+static void unlink_pin(vmm_tensor *tensor, vmm_pin *pin) {
     pthread_mutex_lock(&tensor->pin_lock);
     if (pin->next)
         pin->next->previous = pin->previous;
@@ -52,6 +65,14 @@ void vmm_unpin(vmm_pin *pin) {
     else
         tensor->pins = pin->next;
     pthread_mutex_unlock(&tensor->pin_lock);
+}
+
+void vmm_unpin(vmm_pin *pin) {
+    if (!pin || pin->tensor->process != vmm_process)
+        return; /* a forked child leaves the parent's books alone */
+    vmm_tensor *tensor = pin->tensor;
+    if (pin->shows_rows)
+        unlink_pin(tensor, pin);
     free(pin);
     tensor_unreference(tensor);
 }

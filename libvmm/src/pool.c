@@ -300,20 +300,21 @@ vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes,
  * growth: from so many on, look whether it can be returned. */
 #define QUEUE_HIGH_WATER 64
 
-vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, uintptr_t *out) {
+vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, vmm_stream stream,
+                        uintptr_t *out) {
     pool_work work;
     pthread_mutex_lock(&pool->lock);
     bool many = pool->n_bare >= QUEUE_HIGH_WATER, parked = pool->bytes[POOL_PARKED] > 0;
     pthread_mutex_unlock(&pool->lock);
     if (many || parked) {
-        pool_work_begin(&work, pool, tensor_calls, VMM_STREAM_NONE);
+        pool_work_begin(&work, pool, tensor_calls, stream);
         if (many)
             queue_return_addresses(&work);
         pool_work_end(&work);
     }
     vmm_status status = DRIVER(pool, tensor_calls, reserve, bytes, 0, out);
     if (status && pool_has_queue(pool)) {
-        pool_work_begin(&work, pool, tensor_calls, VMM_STREAM_NONE);
+        pool_work_begin(&work, pool, tensor_calls, stream);
         vmm_undo_begin();
         queue_reclaim(&work, true);
         vmm_undo_end();
@@ -339,6 +340,7 @@ void pool_range_added(vmm_pool *pool, pool_entry *entry) {
 }
 
 void pool_range_retired_locked(vmm_pool *pool, pool_entry *entry) {
+    lookahead_forget_locked(pool, entry);
     *(entry->previous_live ? &entry->previous_live->next_live : &pool->live) = entry->next_live;
     if (entry->next_live)
         entry->next_live->previous_live = entry->previous_live;

@@ -164,8 +164,9 @@ vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes,
 vmm_status pool_take_block_ahead(pool_work *work, size_t bytes, pool_block **out);
 
 /* Reserve address space; what closed tensors still hold of it is taken back where it is
- * needed, or where much has gathered. No lock held. */
-vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, uintptr_t *out);
+ * needed, or where much has gathered. `stream` as in pool_work. No lock held. */
+vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, vmm_stream stream,
+                        uintptr_t *out);
 
 /* Give back a block that is not mapped (any more); the caller has moved its bytes out of
  * whatever it was counted under to none. To the free list, or to the driver where keeping

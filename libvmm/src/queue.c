@@ -207,12 +207,13 @@ static vmm_status record_fence(pool_work *work) {
 }
 
 /* Would a fence now meet a capture that is known of? Under the device's fence lock. A driver
- * that gives no answer to that has failed: that, and no capture, is what went wrong. */
+ * that gives no answer to that has failed: that, and no capture, is what went wrong. The default
+ * stream is asked by the fence itself. */
 static vmm_status check_captures(pool_work *work) {
     vmm_pool *pool = work->pool;
     uint64_t capture = pool->device->captures;
     vmm_status status = VMM_OK;
-    if (!capture && work->stream != VMM_STREAM_NONE)
+    if (!capture && work->stream != VMM_STREAM_NONE && work->stream != VMM_STREAM_LEGACY)
         status = DRIVER(pool, work->tensor_calls, stream_capture, work->stream, &capture);
     if (!status && capture)
         status = vmm_fail(VMM_ERR_CAPTURING, "fence",

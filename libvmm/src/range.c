@@ -227,7 +227,7 @@ vmm_status range_create(vmm_pool *pool, size_t n_lanes, size_t lane_bytes, size_
     range->lane_bytes = wanted.lane_bytes;
     range->block_bytes = block_bytes;
     range->bytes = bytes;
-    vmm_status status = pool_reserve(pool, tensor_calls, bytes, &range->base);
+    vmm_status status = pool_reserve(pool, tensor_calls, bytes, stream, &range->base);
     if (status) {
         free(range);
         return status;

@@ -99,7 +99,9 @@ static void lay_out(vmm_tensor *tensor) {
     }
 }
 
-vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out) {
+/* `stream` takes part, VMM_STREAM_NONE for none. */
+static vmm_status reserve(vmm_pool *pool, const vmm_spec *spec, vmm_stream stream,
+                          vmm_tensor **out) {
     if (!out)
         return vmm_fail(VMM_ERR_INVALID, "reserve", "out is NULL");
     *out = NULL;
@@ -137,7 +139,7 @@ vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out) {
         goto free_tensor;
     }
     status = range_create(pool, tensor->n_lanes, lane_bytes, tensor->spec.block_bytes,
-                          tensor->driver_calls, VMM_STREAM_NONE, &tensor->range);
+                          tensor->driver_calls, stream, &tensor->range);
     if (status)
         goto free_tensor;
     lay_out(tensor);
@@ -150,6 +152,10 @@ free_tensor:
     free(tensor->lengths);
     free(tensor);
     return status;
+}
+
+vmm_status vmm_reserve(vmm_pool *pool, const vmm_spec *spec, vmm_tensor **out) {
+    return reserve(pool, spec, VMM_STREAM_NONE, out);
 }
 
 void tensor_destroy(vmm_tensor *tensor) {
@@ -242,8 +248,7 @@ vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows) {
     size_t before = tensor->mapped;
     tensor->busy = true;
     /* It may be called while appends are captured, which a fence must not meet. */
-    status = tensor_map(tensor, n_rows,
-                        tensor->cursor ? order_write_stream(tensor) : VMM_STREAM_NONE, &change);
+    status = tensor_map(tensor, n_rows, order_write_stream(tensor), &change);
     if (!status) {
         status = cursor_show_mapped(tensor, tensor->mapped);
         if (!status) {
@@ -292,7 +297,7 @@ static vmm_status grow_slowly(vmm_tensor *tensor, size_t n_rows) {
         status = cursor_check(1, &tensor, stream, "grow");
     tensor->busy = true;
     if (!status && n_rows > tensor->mapped - tensor->length)
-        status = tensor_map(tensor, tensor->length + n_rows, VMM_STREAM_NONE, &change);
+        status = tensor_map(tensor, tensor->length + n_rows, stream, &change);
     if (!status && tensor->spec.zero)
         status = fill_zero(tensor, n_rows, &submitted);
     if (!status)
@@ -379,8 +384,9 @@ vmm_status vmm_fork(vmm_tensor *tensor, size_t n_rows, vmm_tensor **out) {
     if (n_rows > tensor->length)
         return vmm_fail(VMM_ERR_INVALID, "fork", "%zu rows are more than the length, %zu", n_rows,
                         tensor->length);
+    vmm_stream stream = order_write_stream(tensor);
     vmm_tensor *copy;
-    status = vmm_reserve(tensor->pool, &tensor->spec, &copy);
+    status = reserve(tensor->pool, &tensor->spec, stream, &copy);
     if (status)
         return status;
     int64_t shape[VMM_MAX_NDIM];
@@ -395,7 +401,6 @@ vmm_status vmm_fork(vmm_tensor *tensor, size_t n_rows, vmm_tensor **out) {
         .shape = shape,
         .strides = tensor->strides,
     };
-    vmm_stream stream = order_write_stream(tensor);
     vmm_tensor *const target[] = {copy};
     tensor->busy = true;
     /* The source's next write comes after this reading. Said first, since it can fail. */

@@ -15,6 +15,7 @@
 
 struct vmm_pin {
     vmm_tensor *tensor;
+    bool shows_rows; /* and is in the tensor's list; else it keeps the tensor alone */
     size_t n_rows;
     struct vmm_pin *previous, *next;
 };
@@ -59,8 +60,8 @@ struct vmm_tensor {
     /* pin.c */
     size_t references; /* the owner, the pins, and what vmm_find() gave out; atomic */
     pthread_mutex_t pin_lock;
-    vmm_pin *pins;
-    size_t shown_rows; /* that any of the pins may show, beside those it names */
+    vmm_pin *pins;     /* that show rows */
+    size_t shown_rows; /* that any of them may show, beside those it names */
 
     vmm_tensor *next_found; /* find.c */
     void *user[2];          /* vmm_user() */

@@ -657,6 +657,30 @@ static void test_graph_pins(void) {
         device_free(&f, (void *)(uintptr_t)s.source[i].data);
 }
 
+/* ---- rows --------------------------------------------------------------------------------- */
+
+/* What arrays showed that are gone is not pinned by a graph that lives. */
+static void test_pins_no_rows(void) {
+    const int64_t shape[] = {0, 64};
+    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
+    scene s = scene_open(1, &spec, 1);
+    model *m = &s.model[0];
+    vmm_pin *pin;
+
+    capture(&s, 1);
+    CHECK_OK(vmm_pin_rows(m->tensor, 0, &pin));
+    eager(&s);
+    eager(&s);
+    vmm_pin_shown(m->tensor);
+    CHECK_STATUS(vmm_truncate(m->tensor, 1, stream), VMM_ERR_PINNED);
+    vmm_unpin(pin);
+    CHECK_SIZE(vmm_pinned_rows(m->tensor), 0);
+    CHECK_OK(vmm_truncate(m->tensor, m->length = 1, stream));
+    step(&s);
+    check(&s);
+    scene_close(&s);
+}
+
 int main(int argc, char **argv) {
     f = fixture_open(argc, argv, 0, 0);
     if (!f.is_gpu)
@@ -676,6 +700,7 @@ int main(int argc, char **argv) {
     test_refused_then_replayed();
     test_close();
     test_graph_pins();
+    test_pins_no_rows();
     CHECK_CUDA(cuda()->stream_destroy(stream));
     fixture_close(&f);
     return 0;

@@ -1,7 +1,7 @@
 /* Look-ahead: a thread of the pool maps behind the live blocks of tensors that grow, within its
  * bytes and the pool's budget, and gives all of it up where memory is short (invariants 2, 8, 9,
  * 12). What a test waits for has a deadline, far off: none asserts a time. */
-#include "check.h"
+#include "blocks.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -13,22 +13,9 @@
 #define UNKNOWN 999
 #define AHEAD_BLOCKS 16
 
-static const int64_t shape[] = {0, 1024}; /* uint8: four rows to a page */
+static fixture with_lookahead(const fixture *f, size_t max_bytes, size_t ahead_bytes) {
+    fixture own = with_pool(f, max_bytes);
 
-static size_t granule, rows; /* of a block */
-
-static vmm_spec make_spec(size_t n_blocks) {
-    return (vmm_spec){.ndim = 2,
-                      .shape = shape,
-                      .dtype = VMM_UINT8,
-                      .capacity = n_blocks * rows,
-                      .block_bytes = granule};
-}
-
-static fixture with_pool(const fixture *f, size_t max_bytes, size_t ahead_bytes) {
-    fixture own = *f;
-
-    CHECK_OK(vmm_pool_create(f->device, granule, max_bytes, &own.pool));
     CHECK_SIZE(vmm_pool_lookahead(own.pool), 0);
     CHECK_OK(vmm_pool_set_lookahead(own.pool, ahead_bytes));
     CHECK_SIZE(vmm_pool_lookahead(own.pool), ahead_bytes);
@@ -48,7 +35,7 @@ static void await_ahead(const fixture *f, size_t least, size_t most) {
 
 /* Growth finds its blocks: no call is made for it, and what it takes is counted as in use. */
 static void test_growth_finds_blocks(const fixture *f) {
-    fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+    fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
     vmm_spec spec = make_spec(64);
     model m = model_open(&own, &spec);
 
@@ -69,7 +56,7 @@ static void test_growth_finds_blocks(const fixture *f) {
 
 /* Off: the blocks go back, nothing is ahead; on again: at the next growth. */
 static void test_off_and_on(const fixture *f) {
-    fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+    fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
     vmm_spec spec = make_spec(64);
     model m = model_open(&own, &spec);
 
@@ -93,7 +80,7 @@ static void test_off_and_on(const fixture *f) {
 
 /* Trim takes what lies ahead of the tensor, too. */
 static void test_trim(const fixture *f) {
-    fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+    fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
     vmm_spec spec = make_spec(64);
     model m = model_open(&own, &spec);
 
@@ -125,7 +112,7 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*
 
 /* The system has no thread for it: that is said, and nothing has changed. */
 static void test_no_thread(const fixture *f) {
-    fixture own = with_pool(f, 0, 0);
+    fixture own = with_lookahead(f, 0, 0);
 
     has_no_threads = true;
     CHECK_STATUS(vmm_pool_set_lookahead(own.pool, MIB), VMM_ERR_OUT_OF_MEMORY);
@@ -140,7 +127,7 @@ static void test_no_thread(const fixture *f) {
 
 /* A tensor that does not grow any more gives back what lies ahead of it. */
 static void test_idle(const fixture *f) {
-    fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+    fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
     vmm_spec spec = make_spec(64);
     model m = model_open(&own, &spec);
 
@@ -158,7 +145,7 @@ static void test_idle(const fixture *f) {
 /* Every lane has its blocks, and none more than its share. */
 static void test_lanes(const fixture *f) {
     static const int64_t lanes_shape[] = {4, 0, 1024};
-    fixture own = with_pool(f, 0, 4 * granule);
+    fixture own = with_lookahead(f, 0, 4 * granule);
     vmm_spec spec = {.ndim = 3,
                      .shape = lanes_shape,
                      .axis = 1,
@@ -181,7 +168,7 @@ static void test_lanes(const fixture *f) {
 
 /* Within the budget always, and given up before anything is refused; trim takes it, too. */
 static void test_budget(const fixture *f) {
-    fixture own = with_pool(f, 8 * granule, 64 * granule);
+    fixture own = with_lookahead(f, 8 * granule, 64 * granule);
     vmm_spec spec = make_spec(64);
     model a = model_open(&own, &spec), b = model_open(&own, &spec);
 
@@ -220,7 +207,7 @@ static void test_refused(const fixture *f) {
     if (!fail)
         return;
     for (size_t i = 0; i < LENGTH_OF(calls); i++) {
-        fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+        fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
         vmm_spec spec = make_spec(64);
         model m = model_open(&own, &spec);
 
@@ -244,7 +231,7 @@ static void test_refused(const fixture *f) {
 /* The driver does not take everything back at close: the pool is there, and look-ahead on. */
 static void test_refused_close(const fixture *f) {
     __typeof__(vmm_sim_fail) *fail;
-    fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+    fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
     vmm_spec spec = make_spec(64);
     model m = model_open(&own, &spec);
 
@@ -262,7 +249,7 @@ static void test_refused_close(const fixture *f) {
 /* A launch fails over blocks that were mapped ahead: they are ahead again. */
 static void test_undo(const fixture *f) {
     __typeof__(vmm_sim_fail) *fail;
-    fixture own = with_pool(f, 0, granule);
+    fixture own = with_lookahead(f, 0, granule);
     vmm_spec spec = make_spec(64);
     model m = model_open(&own, &spec);
     void *memory = device_alloc(f, granule);
@@ -292,7 +279,7 @@ static void test_undo(const fixture *f) {
 
 /* While a stream is captured in global mode: no call of the thread breaks it. */
 static void test_capture(const fixture *f) {
-    fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+    fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
     vmm_spec spec = make_spec(64);
     model m = model_open(&own, &spec);
     void *stream, *graph;
@@ -351,7 +338,7 @@ static void *write_rows(void *argument) {
 }
 
 static void test_threads(const fixture *f) {
-    fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+    fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
     writer writers[3];
     pthread_t threads[LENGTH_OF(writers)];
 
@@ -375,7 +362,7 @@ static void test_close(const fixture *f) {
     vmm_spec spec = make_spec(64);
 
     for (int i = 0; i < 20; i++) {
-        fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+        fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
         model m = model_open(&own, &spec);
         model_append(&m, VMM_UINT8, 4 * rows, VMM_MEMORY_HOST, NULL);
         CHECK_STATUS(vmm_pool_close(own.pool), VMM_ERR_BUSY);
@@ -390,7 +377,7 @@ static void test_release(const fixture *f) {
     vmm_spec spec = make_spec(64);
 
     for (int i = 0; i < 20; i++) {
-        fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+        fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
         vmm_tensor *tensor;
         CHECK_OK(vmm_reserve(own.pool, &spec, &tensor));
         CHECK_OK(vmm_grow(tensor, 4 * rows, NULL));
@@ -414,7 +401,7 @@ static void test_release(const fixture *f) {
 
 /* A child has no such thread, and waits for none. */
 static void test_fork(const fixture *f) {
-    fixture own = with_pool(f, 0, AHEAD_BLOCKS * granule);
+    fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
     vmm_spec spec = make_spec(64);
     model m = model_open(&own, &spec);
 
@@ -470,16 +457,14 @@ static int exit_at_work(void) {
 
 int main(int argc, char **argv) {
     if (argc > 1 && strcmp(argv[1], "host") == 0) {
-        granule = 64 * KIB;
-        rows = 64;
+        blocks_are(64 * KIB, 1024);
         device_name = "host";
         for (int i = 0; i < 10; i++)
             CHECK(in_child(exit_at_work) == 0);
     }
     fixture f = fixture_open(argc, argv, 0, 0);
 
-    granule = f.is_gpu ? f.granularity_bytes : 64 * KIB;
-    rows = granule / 1024;
+    blocks_are(f.is_gpu ? f.granularity_bytes : 64 * KIB, 1024);
     if (f.is_gpu)
         cuda();
     test_growth_finds_blocks(&f);

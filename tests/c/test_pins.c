@@ -57,6 +57,35 @@ static void test_pinned_rows(const fixture *f, vmm_layout layout) {
     model_close(&m);
 }
 
+/* Who reads the cursor keeps the tensor, and no row: not those either that others were shown. */
+static void test_cursor_pins(const fixture *f) {
+    vmm_spec spec = make_spec(f, VMM_LAYOUT_SEQ);
+    model m = model_open(f, &spec);
+    vmm_pin *cursor, *rows, *more;
+
+    model_append(&m, VMM_UINT8, 10, VMM_MEMORY_HOST, NULL);
+    CHECK_STATUS(vmm_pin_cursor(m.tensor, NULL), VMM_ERR_INVALID);
+    CHECK_STATUS(vmm_pin_cursor(NULL, &cursor), VMM_ERR_INVALID);
+    CHECK_OK(vmm_pin_cursor(m.tensor, &cursor));
+    CHECK_OK(vmm_pin_rows(m.tensor, 0, &rows));
+    CHECK_OK(vmm_pin_rows(m.tensor, 0, &more));
+    CHECK_SIZE(vmm_pin_count(m.tensor), 3);
+    vmm_pin_shown(m.tensor);
+    vmm_unpin(more);
+    CHECK_SIZE(vmm_pinned_rows(m.tensor), 10);
+    vmm_unpin(rows);
+    CHECK_SIZE(vmm_pinned_rows(m.tensor), 0);
+    CHECK_OK(vmm_truncate(m.tensor, 3, VMM_STREAM_NONE));
+    m.length = 3;
+    CHECK_OK(vmm_pin_rows(m.tensor, 0, &rows)); /* that has not been shown anything */
+    CHECK_SIZE(vmm_pinned_rows(m.tensor), 0);
+    vmm_unpin(rows);
+    CHECK_STATUS(vmm_close(m.tensor), VMM_ERR_PINNED);
+    vmm_unpin(cursor);
+    model_check(&m);
+    model_close(&m);
+}
+
 typedef struct unpinner {
     vmm_pin *pin;
     bool done;
@@ -181,6 +210,7 @@ int main(int argc, char **argv) {
         cuda();
     for (int layout = VMM_LAYOUT_SEQ; layout <= VMM_LAYOUT_C; layout++)
         test_pinned_rows(&f, (vmm_layout)layout);
+    test_cursor_pins(&f);
     test_outlives_owner(&f);
     test_threads(&f);
     test_release_race(&f);

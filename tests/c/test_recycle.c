@@ -1,32 +1,13 @@
 /* A closed tensor's range stays mapped, and the next tensor of the same geometry takes it over
  * behind one fence; it is unmapped only where memory is short or trim asks (invariants 3, 6, 8).
  * On a GPU; the host returns memory at close. */
-#include "check.h"
+#include "blocks.h"
 
 #include <semaphore.h>
 
 #include "../sim/vmm_sim.h"
 
 #define UNKNOWN 999
-
-static const int64_t shape[] = {0, 64 * 1024}; /* uint8 */
-
-static size_t granule, rows; /* of a block */
-
-static vmm_spec make_spec(size_t n_blocks) {
-    return (vmm_spec){.ndim = 2,
-                      .shape = shape,
-                      .dtype = VMM_UINT8,
-                      .capacity = n_blocks * rows,
-                      .block_bytes = granule};
-}
-
-static fixture with_pool(const fixture *f, size_t max_bytes) {
-    fixture own = *f;
-
-    CHECK_OK(vmm_pool_create(f->device, granule, max_bytes, &own.pool));
-    return own;
-}
 
 /* A tensor that has used `n_blocks` and is closed; the device is done with it. */
 static void *close_used(const fixture *f, const vmm_spec *spec, size_t n_blocks) {
@@ -360,8 +341,7 @@ int main(int argc, char **argv) {
     if (!f.is_gpu)
         SKIP("the host returns memory at close");
     cuda();
-    granule = f.granularity_bytes;
-    rows = granule / (64 * KIB);
+    blocks_are(f.granularity_bytes, 64 * KIB);
     test_reservation_is_reused(&f);
     test_pressure(&f);
     test_capture(&f);

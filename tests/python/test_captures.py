@@ -1,6 +1,8 @@
 """Appends in captured streams. On a GPU or the simulated driver."""
 
 import gc
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,6 +164,23 @@ def test_abandoned_pool_takes_no_fence_in_a_capture(cuda, streams, arrays):
         assert same(to_numpy(t), rows(5))
         graph.close()
         close_after_graphs(t)
+
+
+def test_tensor_opened_in_a_capture_of_torch(cuda, streams, monkeypatch):
+    """Nobody brackets it, and one of its geometry could be taken over behind a fence."""
+    says = SimpleNamespace(is_current_stream_capturing=lambda: True)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=says))
+    with pyvmm.Pool(cuda) as pool:
+        old = block_of(cuda, pool)
+        width = old.shape[1]
+        old.close()
+        with Capture(streams[0]) as graph:
+            t = pyvmm.empty((2, width), "uint8", axis=0, capacity=64, pool=pool)
+            assert t.length == 2 and pool.stats()["driver_calls"]["fence"] == 0
+        graph.close()
+        says.is_current_stream_capturing = lambda: False
+        t.close()
+        pool.trim(wait=True)
 
 
 def test_callback_that_closes_tensors_in_a_capture(cuda, streams, arrays):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import cuda_helper
+import dlpack_struct
 import pyvmm
 from conftest import SIMULATED
 from cuda_helper import Capture, InterfaceArray
@@ -59,6 +60,7 @@ def test_cursor_on_the_host_is_shared_and_read_only(host):
     assert np.from_dlpack(t.cursor).tolist() == [0]
     t.append(rows(3, 4))
     assert seen.tolist() == [3] and not seen.flags.writeable
+    assert not np.from_dlpack(t.cursor).flags.writeable
     assert np.asarray(t.cursor, "int64").dtype == np.int64
     with pytest.raises((BufferError, TypeError), match="not writable|read only"):
         ctypes.c_char.from_buffer(t.cursor)
@@ -75,6 +77,36 @@ def test_cursor_on_the_host_is_shared_and_read_only(host):
     with pytest.raises(pyvmm.VMMError):
         _ = c.shape
     assert "closed" in repr(c)
+
+
+def test_a_cursor_is_exported_read_only(device):
+    with pyvmm.empty((0, 4), "float32", axis=0, capacity=10, device=device) as t:
+        versioned = dlpack_struct.look(t.cursor.__dlpack__(max_version=(1, 0)))
+        assert versioned.flags == dlpack_struct.READ_ONLY
+        assert versioned.tensor.data == t.cursor.ptr
+        legacy = dlpack_struct.look(t.cursor.__dlpack__())
+        assert isinstance(legacy, dlpack_struct.Legacy)
+        del versioned, legacy
+
+
+def test_a_cursor_pins_no_rows(host):
+    """Not those either that a concat's arrays have shown, once these are gone."""
+    t = pyvmm.empty((0, 4), "float32", axis=0, capacity=100)
+    t.append(rows(3, 4))
+    seen = np.asarray(t.cursor)
+    out = pyvmm.concat(np.asarray(t), rows(2, 4, 1), axis=0)
+    assert t.length == 5
+    with pytest.raises(BufferError):
+        t.truncate(1)
+    del out
+    gc.collect()
+    t.truncate(1)
+    assert seen.tolist() == [1]
+    with pytest.raises(BufferError):
+        t.close()
+    del seen
+    gc.collect()
+    t.close()
 
 
 def test_cursor_on_a_gpu_speaks_the_protocols(cuda):

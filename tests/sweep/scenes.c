@@ -486,6 +486,10 @@ static vmm_status run_pin(world *w) {
     return vmm_pin_rows(FIRST->tensor, FIRST_ROWS, &w->pin);
 }
 
+static vmm_status run_pin_cursor(world *w) {
+    return vmm_pin_cursor(FIRST->tensor, &w->pin);
+}
+
 static void check_pin(world *w) {
     CHECK_STATUS(vmm_close(FIRST->tensor), VMM_ERR_PINNED);
 }
@@ -784,6 +788,7 @@ const scene scenes[] = {
      check_truncate_with_cursor, 0},
     {"trim, with a cursor", ONE_BLOCKS | SUBMITS, more_mapped_with_cursor, run_trim, check_trim, 0},
     {"pin_rows", ONCE, one_tensor, run_pin, check_pin, 0},
+    {"pin_cursor", ONCE, one_tensor, run_pin_cursor, check_pin, 0},
     {"handoff", ONCE | CUDA_ONLY, one_tensor, run_handoff, nothing, 0},
     {"handoff, after readers", ONCE | CUDA_ONLY, handoff_after_readers, run_handoff, nothing, 0},
     {"stream_wait", ONCE | CUDA_ONLY, one_tensor, run_stream_wait, nothing, 0},
