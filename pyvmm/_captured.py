@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import threading
 import warnings
 import weakref
@@ -391,6 +392,18 @@ def _give_up(needed_bytes: int) -> bool:
 
 _open: dict[int, tuple[Captured, int]] = {}
 _open_lock = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    # Threads that may hold the locks are not here, and the parent's memory is of no use.
+    global _open_lock
+    _open_lock = threading.Lock()
+    for captured in list(_all):
+        captured._lock = threading.Lock()
+        captured._kept.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ GPU it is what users run."""
 import copy
 import functools
 import gc
+import os
 import pickle
 import threading
 from contextlib import nullcontext as quiet
@@ -23,6 +24,7 @@ import transformers_models as models  # noqa: E402
 from pyvmm import _attention, _captured, _captured_step, _graphs  # noqa: E402
 from pyvmm._torch_kv import KVPair  # noqa: E402
 from pyvmm.transformers import VMMCache  # noqa: E402
+from support import run_python  # noqa: E402
 from transformers_models import generate, prompt  # noqa: E402
 
 DynamicCache = transformers.DynamicCache
@@ -463,6 +465,45 @@ def test_replays_take_no_lock(llama):
     assert block.n_replays == 15
     ours = torch.cat(logits)[:, -1].float()
     torch.testing.assert_close(ours, theirs[2:16, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_while_another_thread_holds_the_locks():
+    """The child has not that thread, nor what it would let go of."""
+    run_python("""
+        import os, signal, threading, torch
+        import transformers_models as models
+        from pyvmm import _captured, _graphs
+
+        model = models.model_of("llama", "cpu")
+        prompt = models.prompt("cpu")
+        holds, is_done = threading.Event(), threading.Event()
+
+        def hold(captured):
+            with _graphs.CAPTURE, _captured._open_lock, captured._lock:
+                holds.set()
+                is_done.wait()
+
+        def answer():
+            with _captured.block(model, False, _graphs.EagerGraph) as block:
+                tokens = models.generate(model, prompt)
+            assert block.n_replays >= 23, block.reasons
+            return tokens
+
+        with _captured.block(model, False, _graphs.EagerGraph) as block:
+            expected = models.generate(model, prompt)  # whose memory waits for the next
+            thread = threading.Thread(target=hold, args=(block,))
+            thread.start()
+            holds.wait()
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)  # ends it
+                os._exit(0 if torch.equal(answer(), expected) else 3)
+            is_done.set()
+            thread.join()
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert torch.equal(answer(), expected)
+    """)
 
 
 def broken(place, n_times):
