@@ -114,9 +114,6 @@ AttentionInterface.register(_ATTENTION, _attend)
 class CacheOfStep:
     """What the twin takes for a cache: keys and values pass, and are appended by attention."""
 
-    is_compileable = True
-    is_sliding = (False,)
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

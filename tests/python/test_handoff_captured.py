@@ -1125,6 +1125,51 @@ def cuda():
     return torch.device("cuda:0")
 
 
+def test_replays_on_several_streams_take_turns(cuda):
+    """Each on another stream than the one before, which is late, and no event of ours."""
+    model = models.model_of("llama", cuda)
+    ids = prompt(cuda, length=60)
+    theirs, _ = forced_logits(model, ids, None, 12)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    logits = []
+    with torch.no_grad(), captured(model) as block:
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :12], past_key_values=cache)
+        torch.cuda.synchronize()
+        for i in range(12, 60):
+            with torch.cuda.stream(streams[i % 3]):
+                torch.cuda._sleep(1_000_000)
+                step = model(ids[:, i : i + 1], past_key_values=cache)
+                logits.append(step.logits[:, -1].float())
+        torch.cuda.synchronize()
+    assert block.n_replays == 48
+    torch.testing.assert_close(torch.stack(logits), theirs[1:], rtol=1e-4, atol=2e-4)
+
+
+def test_buffers_that_are_freed_under_a_replay(cuda):
+    """Their memory goes to nobody before it is over, also where it is on another stream."""
+    model = models.model_of("llama", cuda)
+    ids = prompt(cuda, length=20)
+    theirs, _ = forced_logits(model, ids, None, 18)
+    late = torch.cuda.Stream()
+    with torch.no_grad():
+        with captured(model) as block:
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :18], past_key_values=cache)
+            model(ids[:, 18:19], past_key_values=cache)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(late):
+                torch.cuda._sleep(200_000_000)
+                ours = model(ids[:, 19:20], past_key_values=cache).logits[:, -1].float()
+            assert block.n_replays == 2
+            del cache
+            gc.collect()
+        others = [torch.full((1, 1), 7, device=cuda) for _ in range(256)]
+        torch.cuda.synchronize()
+    assert all(other.item() == 7 for other in others)
+    torch.testing.assert_close(ours, theirs[2], rtol=1e-4, atol=2e-4)
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("layout", ["seq", "lane"])
 @pytest.mark.parametrize("kv_heads", [8, 2])
