@@ -10,6 +10,7 @@ import gc
 import os
 import pickle
 import threading
+import weakref
 from contextlib import nullcontext as quiet
 
 import pytest
@@ -779,6 +780,24 @@ def test_blocks_of_another_kind(llama):
         with captured(llama, compile=True):
             pass
     assert "forward" not in llama.__dict__
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["", "compiled"])
+def test_weights_go_with_the_model(place, compiler, compile):
+    """At once: what waits for the garbage collector is not there for the next model."""
+    model = models.model_of("llama", place)
+    weight = weakref.ref(model.model.layers[1].mlp.up_proj.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        with captured(model, compile) as block:
+            generate(model, prompt(place))
+        assert block.n_replays == 23
+        compiler.graphs.clear()
+        del model, block
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 # ---- compiled ---------------------------------------------------------------------
