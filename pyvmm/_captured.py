@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import threading
 import warnings
 import weakref
@@ -115,6 +116,7 @@ class Captured:
         self._names = list(inspect.signature(model.forward).parameters)
         self._hooks: list[Any] = []
         self._step: Callable[..., Any] | None = None
+        self._compiles = compile
 
     # -- in and out
 
@@ -161,7 +163,7 @@ class Captured:
     def step(self) -> Callable[..., Any]:
         """The twin's forward. Hooks of the model run around a replay."""
         if self._step is None:
-            self._step = twin_of(self.model, self.compile).forward
+            self._step = twin_of(self.model, self._compiles).forward
         return self._step
 
     # -- a call of forward
@@ -179,13 +181,13 @@ class Captured:
         with self._apart:
             return self._eager(**kwargs)
 
-    def _say(self, reason: str) -> None:
+    def _say(self, reason: str, how: str = "run eagerly") -> None:
         with self._lock:
             is_new = reason not in self.reasons
             self.reasons.add(reason)
         if is_new:
             warnings.warn(
-                f"pyvmm.transformers.captured: steps run eagerly, because {reason}",
+                f"pyvmm.transformers.captured: steps {how}, because {reason}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -280,7 +282,7 @@ class Captured:
         if length == steps.capacity:
             raise _Unfit  # the next update moves the layers to twice as much
         try:
-            self.n_growths += steps.replay(length, ids, kwargs.get("position_ids"))
+            self.n_growths += self._replay_steps(steps, length, ids, kwargs.get("position_ids"))
         except CannotCapture as error:
             self._impossible = f"the step cannot be captured: {error}"
             raise _Unfit(self._impossible) from error
@@ -291,6 +293,29 @@ class Captured:
         return CausalLMOutputWithPast(
             logits=steps.logits.clone(), past_key_values=kwargs["past_key_values"]
         )
+
+    def _replay_steps(self, steps: Steps, *given: Any) -> int:
+        """steps.replay(), with torch.compile or, where that fails, without."""
+        try:
+            return steps.replay(*given)
+        except CannotCapture as error:
+            if not self._do_without_compiler(error):
+                raise
+        return steps.replay(*given)
+
+    def _do_without_compiler(self, error: CannotCapture) -> bool:
+        """Was it torch.compile that failed? From now on the steps are captured as they are."""
+        if not self.compile:
+            return False
+        from torch._dynamo.exc import TorchDynamoException  # an import of seconds
+
+        if not isinstance(error.__cause__, TorchDynamoException):
+            return False
+        with CAPTURE:
+            if self._compiles:
+                self._compiles, self._step = False, None
+        self._say(f"torch.compile failed: {error}", "are captured uncompiled")
+        return True
 
     def _check(self, kwargs: dict[str, Any]) -> None:
         """Raise _Unfit for what a graph cannot give."""
@@ -391,6 +416,18 @@ def _give_up(needed_bytes: int) -> bool:
 
 _open: dict[int, tuple[Captured, int]] = {}
 _open_lock = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    # Threads that may hold the locks are not here, and the parent's memory is of no use.
+    global _open_lock
+    _open_lock = threading.Lock()
+    for captured in list(_all):
+        captured._lock = threading.Lock()
+        captured._kept.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Captured decode steps over one cache: their graphs, one for each bucket of its length."""
 
 # transformers' classes have no types where it is not installed, and some where it is.
-# mypy: disable-error-code="misc, no-untyped-call"
+# mypy: disable-error-code="misc, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import copy
 import functools
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -114,9 +115,6 @@ AttentionInterface.register(_ATTENTION, _attend)
 class CacheOfStep:
     """What the twin takes for a cache: keys and values pass, and are appended by attention."""
 
-    is_compileable = True
-    is_sliding = (False,)
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,52 +126,57 @@ class CacheOfStep:
 
 def twin_of(model: torch.nn.Module, compile: bool) -> Any:
     """The same modules with the same parameters, and configs of their own."""
-    twins: dict[int, Any] = {}
-    configs: dict[int, Any] = {}
-
-    def config_of_twin(config: Any) -> Any:
-        if id(config) not in configs:
-            configs[id(config)] = own = copy.copy(config)
-            own._attn_implementation_internal = _ATTENTION
-        return configs[id(config)]
-
-    def twin(module: torch.nn.Module) -> Any:
-        if id(module) not in twins:
-            kind: Any = type(module)
-            new = twins[id(module)] = kind.__new__(kind)
-            new.__dict__.update(module.__dict__)
-            # These call the model's own modules: what captured() and module.compile() set.
-            for name in ("forward", "_compiled_call_impl"):
-                new.__dict__.pop(name, None)
-            for name, value in module.__dict__.items():
-                if isinstance(value, PreTrainedConfig):
-                    new.__dict__[name] = config_of_twin(value)
-            new.__dict__["_modules"] = {
-                name: child if child is None else twin(child)
-                for name, child in module._modules.items()
-            }
-        return twins[id(module)]
-
-    whole = twin(model)
+    whole = _twin(model, {})
     decoder = whole.get_decoder()
     call = _Compiled() if compile else _forward
     for index, layer in enumerate(decoder.layers):
         layer.__dict__["forward"] = functools.partial(
-            _forward_of_layer, call, layer, torch.tensor(index, device="cpu")
+            _forward_of_layer, call, weakref.ref(layer), torch.tensor(index, device="cpu")
         )
     if compile:
         for module in (decoder.rotary_emb, decoder.norm):
-            module.__dict__["forward"] = functools.partial(call, module)
+            module.__dict__["forward"] = functools.partial(_forward_of, call, weakref.ref(module))
     return whole
 
 
+def _twin(of: Any, made: dict[int, Any]) -> Any:
+    """Of a module or a config, once for each."""
+    if id(of) in made:
+        return made[id(of)]
+    if isinstance(of, PreTrainedConfig):
+        config = made[id(of)] = copy.copy(of)
+        config._attn_implementation_internal = _ATTENTION
+        return config
+    kind: Any = type(of)
+    module = made[id(of)] = kind.__new__(kind)
+    module.__dict__.update(of.__dict__)
+    # These call the model's own modules: what captured() and module.compile() set.
+    for name in ("forward", "_compiled_call_impl"):
+        module.__dict__.pop(name, None)
+    for name, value in of.__dict__.items():
+        if isinstance(value, PreTrainedConfig):
+            module.__dict__[name] = _twin(value, made)
+    module.__dict__["_modules"] = {
+        name: child if child is None else _twin(child, made) for name, child in of._modules.items()
+    }
+    return module
+
+
+# The forward of a twin's module has no more than a weak reference to it: weights are many
+# gigabytes, and must not wait for the garbage collector.
+
+
+def _forward_of(call: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+    return call(module(), *args, **kwargs)
+
+
 def _forward_of_layer(
-    call: Callable[..., Any], module: Any, index: torch.Tensor, *args: Any, **kwargs: Any
+    call: Callable[..., Any], layer: Any, index: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """One decoder layer. Which it is is data, so that all of a kind are the same to a compiler."""
     assert current.steps is not None
     n_chunks = current.steps.n_chunks(int(index))
-    return call(module, *args, layer=index, n_chunks=n_chunks, **kwargs)
+    return call(layer(), *args, layer=index, n_chunks=n_chunks, **kwargs)
 
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:

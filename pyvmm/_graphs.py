@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import traceback
@@ -28,7 +29,8 @@ TILE = 256
 # to a tensor that a living graph appends to waits for the whole device, and while any stream of
 # it is captured that fails and ends the capture, whatever the thread. A replay does without.
 CAPTURE = threading.RLock()
-
+# A child has none of the threads that may have held it; others have taken it from here.
+os.register_at_fork(after_in_child=CAPTURE._at_fork_reinit)  # type: ignore[attr-defined]
 
 # What could not be captured: torch's allocators may look at it still.
 _abandoned: list[Any] = []

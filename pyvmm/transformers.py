@@ -524,12 +524,13 @@ def captured(model: Any, compile: bool = False) -> AbstractContextManager[Any]:
         with pyvmm.transformers.captured(model):
             out = model.generate(**inputs, max_new_tokens=1024)
 
-    Steps of one token run without the host: recorded once for a batch size, and again where the
-    length passes a power of two, then replayed over a cache that grows as ever. Prefill, and
-    whatever a graph cannot give (see docs/captured.md), runs eagerly over the same cache, which
-    is a VMMCache in all but name; that is said once, with the reason, as a RuntimeWarning.
+    Steps of one token run without the host: recorded once for a batch size, and again after some
+    thousand tokens each, then replayed over a cache that grows as ever. Prefill, and whatever a
+    graph cannot give (see docs/captured.md), runs eagerly over the same cache, which is a VMMCache
+    in all but name; that is said once, with the reason, as a RuntimeWarning.
 
-    compile: let torch.compile fuse the step before it is captured; a minute at the first step.
+    compile: let torch.compile fuse the layers before they are captured: one is compiled for all,
+             before the first step of a batch size.
 
     Inside the block, forward takes DynamicCache and VMMCache and puts layers of its own in the
     place of theirs. Caches remain usable after it. The model's weights and modules must not be
