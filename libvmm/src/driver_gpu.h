@@ -613,6 +613,7 @@ static vmm_status retain_graph(vmm_stream stream, gpu_user_object object) {
     vmm_status status =
         CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, NULL, &graph, NULL, NULL);
     if (!status && capture != GPU_CAPTURE_STATUS_ACTIVE)
+        /* unreached: the caller has asked; it takes another thread in between */
         status = vmm_fail(VMM_ERR_CAPTURING, GPU_NAME(StreamGetCaptureInfo),
                           "the capture of this stream has been invalidated: end it first");
     return status ? status
@@ -663,7 +664,7 @@ static vmm_status gpu_stream_capture(void *state, vmm_stream stream, uint64_t *c
                                 NULL, NULL));
     if (status)
         return status;
-    if (capture == GPU_CAPTURE_STATUS_INVALIDATED) /* unreached: a capture that broke */
+    if (capture == GPU_CAPTURE_STATUS_INVALIDATED)
         return vmm_fail(VMM_ERR_CAPTURING, GPU_NAME(StreamGetCaptureInfo),
                         "the capture of this stream has been invalidated: end it first");
     if (capture == GPU_CAPTURE_STATUS_ACTIVE)

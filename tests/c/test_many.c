@@ -199,8 +199,9 @@ static void test_callback_leaves_them_alone(const fixture *f) {
     CHECK_OK(vmm_pool_close(tight.pool));
 }
 
-/* More tensors than a launch holds, and one whose rank needs the wide kernel. */
-static void test_long_list(const fixture *f, vmm_memory memory) {
+/* More tensors than a launch holds, whose rank needs the wide kernel: one of them, or all, of
+ * which it takes fewer. */
+static void test_long_list(const fixture *f, vmm_memory memory, bool all_wide) {
     model models[N_TENSORS];
     size_t n_rows[N_TENSORS];
     vmm_spec wide = {.ndim = 8,
@@ -210,14 +211,15 @@ static void test_long_list(const fixture *f, vmm_memory memory) {
                      .capacity = 100,
                      .layout = VMM_LAYOUT_SEQ};
 
-    for (size_t i = 0; i < N_TENSORS; i++) {
+    size_t n = all_wide ? N_TENSORS / 2 : N_TENSORS;
+    for (size_t i = 0; i < n; i++) {
         vmm_spec spec = make_spec(i % 2 ? VMM_LAYOUT_LANE : VMM_LAYOUT_SEQ, 100);
-        models[i] = model_open(f, i == 5 ? &wide : &spec);
-        n_rows[i] = i % 4;
+        models[i] = model_open(f, i == 5 || all_wide ? &wide : &spec);
+        n_rows[i] = all_wide ? 1 + i % 3 : i % 4;
     }
     for (int round = 0; round < 3; round++)
-        append_many(f, models, N_TENSORS, n_rows, memory, VMM_OK);
-    for (size_t i = 0; i < N_TENSORS; i++) {
+        append_many(f, models, n, n_rows, memory, VMM_OK);
+    for (size_t i = 0; i < n; i++) {
         model_check(&models[i]);
         model_close(&models[i]);
     }
@@ -230,9 +232,11 @@ int main(int argc, char **argv) {
         test_all_or_none(&f, (vmm_layout)layout);
     test_out_of_memory(&f);
     test_callback_leaves_them_alone(&f);
-    test_long_list(&f, VMM_MEMORY_HOST);
-    if (f.is_gpu)
-        test_long_list(&f, VMM_MEMORY_DEVICE);
+    for (int all_wide = 0; all_wide < 2; all_wide++) {
+        test_long_list(&f, VMM_MEMORY_HOST, all_wide);
+        if (f.is_gpu)
+            test_long_list(&f, VMM_MEMORY_DEVICE, all_wide);
+    }
     fixture_close(&f);
     return 0;
 }
