@@ -606,8 +606,9 @@ VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
  * address stays. No one else may write there.
  *   stream   work that it is given from now on finds the cursor current; VMM_STREAM_NONE for
  *            no such order. On the host it is ignored.
- * Returns VMM_ERR_INVALID, VMM_ERR_OVERFLOW (a capacity above INT32_MAX), VMM_ERR_OUT_OF_MEMORY,
- * VMM_ERR_CAPTURING, VMM_ERR_DRIVER, VMM_ERR_BUSY, VMM_ERR_FORKED.
+ * Returns VMM_ERR_INVALID, VMM_ERR_OVERFLOW (a capacity above INT32_MAX), VMM_ERR_UNSUPPORTED
+ * (more than 65535 lengths), VMM_ERR_OUT_OF_MEMORY, VMM_ERR_CAPTURING, VMM_ERR_DRIVER,
+ * VMM_ERR_BUSY, VMM_ERR_FORKED.
  * Cost: the first call allocates a few hundred bytes, which no budget counts; others what
  * vmm_handoff() does. With a cursor, append, grow and truncate launch one more kernel, and
  * whatever maps or trims writes one word and waits until it is there. Allowed in a capture. */
