@@ -702,7 +702,7 @@ typedef struct vmm_tensor_stats {
     size_t reserved_bytes; /* address space */
     size_t mapped_bytes;   /* memory in this tensor's blocks */
     size_t used_bytes;     /* length * row_bytes; of a ragged tensor, each lane's own */
-    size_t slack_bytes;    /* mapped_bytes - used_bytes */
+    size_t slack_bytes;    /* mapped_bytes - used_bytes, 0 at least */
     size_t block_count;
     uint64_t driver_calls[VMM_CALL_COUNT]; /* made by calls on this tensor */
 } vmm_tensor_stats;
@@ -719,7 +719,9 @@ typedef struct vmm_pool_stats {
     uint64_t driver_calls[VMM_CALL_COUNT]; /* made for this pool and its tensors */
 } vmm_pool_stats;
 
-/* Fill `out`. No driver call. vmm_pool_statistics() is thread-safe. */
+/* Fill `out`. No driver call. vmm_pool_statistics() is thread-safe; vmm_stats() is against
+ * everything but vmm_close() and vmm_release() of this tensor, and while another thread changes
+ * it, its figures may be of different moments. */
 VMM_API vmm_status vmm_stats(const vmm_tensor *tensor, vmm_tensor_stats *out);
 VMM_API vmm_status vmm_pool_statistics(vmm_pool *pool, vmm_pool_stats *out);
 
