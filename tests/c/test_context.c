@@ -28,6 +28,7 @@ typedef struct world {
     vmm_tensor *made;
     vmm_event *event;
     void *memory;
+    void *exec; /* of a graph that appends to it */
 } world;
 
 #define N_ROWS 3
@@ -81,26 +82,42 @@ static vmm_status do_alloc(world *w) {
     return vmm_pool_alloc(f.pool, 1, stream, &w->memory);
 }
 
+static vmm_status do_trim(world *w) {
+    return vmm_trim(w->m.tensor);
+}
+
 static const struct operation {
     const char *name;
     vmm_status (*run)(world *w);
-    bool appends;
+    bool appends, has_graph;
 } operations[] = {
-    {"reserve", do_reserve, false},
-    {"map", do_map, false},
-    {"append, host memory", do_append_host, true},
-    {"append, device memory", do_append_device, true},
-    {"cursor", do_cursor, false},
-    {"fork", do_fork, false},
-    {"handoff", do_handoff, false},
-    {"event_record", do_event, false},
-    {"stream_is_capturing", do_is_capturing, false},
-    {"pool_alloc", do_alloc, false},
+    {"reserve", do_reserve, false, false},
+    {"map", do_map, false, false},
+    {"append, host memory", do_append_host, true, false},
+    {"append, device memory", do_append_device, true, false},
+    {"cursor", do_cursor, false, false},
+    {"fork", do_fork, false, false},
+    {"handoff", do_handoff, false, false},
+    {"event_record", do_event, false, false},
+    {"stream_is_capturing", do_is_capturing, false, false},
+    {"pool_alloc", do_alloc, false, false},
+    {"trim, behind a graph", do_trim, false, true},
 };
 
 /* ---- an attempt -------------------------------------------------------------------------- */
 
-static world world_open(void) {
+static void capture(world *w) {
+    void *graph;
+
+    w->source.shape = w->source_shape;
+    CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
+    CHECK_OK(do_append_device(w));
+    CHECK_CUDA(cuda()->end_capture(stream, &graph));
+    CHECK_CUDA(cuda()->instantiate(&w->exec, graph, 0));
+    CHECK_CUDA(cuda()->graph_destroy(graph));
+}
+
+static world world_open(bool has_graph) {
     vmm_spec spec = {.ndim = 2,
                      .shape = shape,
                      .dtype = VMM_UINT8,
@@ -113,6 +130,8 @@ static world world_open(void) {
     w.device = device_alloc(&f, N_ROWS * 4096);
     write_device(&f, w.device, w.host, N_ROWS * 4096);
     w.source = (vmm_array){.dtype = VMM_UINT8, .ndim = 2};
+    if (has_graph)
+        capture(&w);
     synchronize(&f);
     return w;
 }
@@ -123,6 +142,10 @@ static void world_close(world *w) {
         CHECK_OK(vmm_close(w->made));
     vmm_event_close(w->event);
     CHECK_OK(vmm_pool_free(f.pool, w->memory));
+    if (w->exec) {
+        CHECK_CUDA(cuda()->graph_exec_destroy(w->exec));
+        wait_for_unpinned(w->m.tensor);
+    }
     model_close(&w->m);
     CHECK_OK(vmm_pool_trim(f.pool, 1)); /* so that each attempt makes the same calls */
     CHECK_SIZE(held_bytes(f.pool), 0);
@@ -154,7 +177,7 @@ static void restore(void) {
 
 /* Returns false when the operation makes no `nth` such call. */
 static bool attempt(const struct operation *o, const char *call, long nth) {
-    world w = world_open();
+    world w = world_open(o->has_graph);
     size_t length = w.m.length, mapped = vmm_mapped(w.m.tensor);
     long before = sim_failed();
 
@@ -181,7 +204,7 @@ static bool attempt(const struct operation *o, const char *call, long nth) {
 
 /* The stream that control blocks are written on is made at the first of these writes. */
 static void test_first_write(void) {
-    world w = world_open();
+    world w = world_open(false);
 
     CHECK(sim_fail("cuStreamCreate", 1, REFUSED, 1) == 0);
     CHECK_STATUS(do_cursor(&w), VMM_ERR_DRIVER);
