@@ -5,6 +5,7 @@
 
 #include <semaphore.h>
 
+#include "../../libvmm/src/cursor_job.h"
 #include "../sim/vmm_sim.h"
 
 static fixture f;
@@ -391,6 +392,65 @@ static void test_behind_a_fence(void) {
     sem_destroy(&go);
 }
 
+static struct {
+    __typeof__(vmm_sim_fail) *fail;
+    __typeof__(vmm_sim_hold) *hold;
+    __typeof__(vmm_sim_go) *go;
+} sim;
+
+/* The device does its work while the stack and the heap are others'. */
+static __attribute__((noinline)) void go_on(void) {
+    enum { BYTES = 8192, CHUNKS = 64 };
+    volatile uint8_t area[BYTES];
+    void *chunks[CHUNKS];
+
+    for (size_t i = 0; i < BYTES; i++)
+        area[i] = 0x77;
+    for (size_t i = 0; i < CHUNKS; i++)
+        CHECK(chunks[i] = memset(malloc(8 * (i + 1)), 0x77, 8 * (i + 1)));
+    sim.go();
+    synchronize(&f);
+    for (size_t i = 0; i < BYTES; i++)
+        CHECK(area[i] == 0x77);
+    for (size_t i = 0; i < CHUNKS; i++)
+        free(chunks[i]);
+}
+
+static uint32_t mapped_on_device(const int32_t *cursor) {
+    uint32_t mapped;
+
+    read_device(&f, &mapped, (uintptr_t)cursor + VMM_CURSOR_WORDS(1), sizeof mapped);
+    return mapped;
+}
+
+/* A copy to the control block cannot be waited for, and is made later: of what it was to copy. */
+static void test_copied_late(void) {
+    const int64_t shape[] = {0, (int64_t)f.granularity_bytes};
+    vmm_tensor *t = reserve(2, shape, 0, VMM_LAYOUT_SEQ);
+    int32_t *address;
+
+    *(void **)&sim.fail = dlsym(cuda_library(), "vmm_sim_fail");
+    *(void **)&sim.hold = dlsym(cuda_library(), "vmm_sim_hold");
+    *(void **)&sim.go = dlsym(cuda_library(), "vmm_sim_go");
+    if (sim.fail) {
+        sim.hold();
+        CHECK(sim.fail("cuStreamSynchronize", 1, 999, 1) == 0);
+        CHECK_STATUS(vmm_cursor(t, VMM_STREAM_NONE, &address), VMM_ERR_DRIVER);
+        go_on();
+        CHECK_OK(vmm_cursor(t, VMM_STREAM_NONE, &address));
+        CHECK_OK(vmm_map(t, 1));
+        sim.hold();
+        CHECK(sim.fail("cuStreamSynchronize", 1, 999, 2) == 0); /* taking it back fails, too */
+        CHECK_STATUS(vmm_map(t, 2), VMM_ERR_DRIVER);
+        go_on();
+        CHECK_SIZE(vmm_mapped(t), 1);
+        CHECK_SIZE(mapped_on_device(address), 1);
+        CHECK_OK(vmm_map(t, 2));
+        CHECK_SIZE(mapped_on_device(address), 2);
+    }
+    CHECK_OK(vmm_close(t));
+}
+
 /* ---- is it being captured -------------------------------------------------------------------------- */
 
 /* The simulator ends a program that breaks a capture, but where it is to return. */
@@ -482,6 +542,7 @@ int main(int argc, char **argv) {
         test_ragged_replays();
         test_empty_source();
         test_behind_a_fence();
+        test_copied_late();
         test_broken_capture();
         CHECK_CUDA(cuda()->stream_destroy(other));
         CHECK_CUDA(cuda()->stream_destroy(stream));
