@@ -269,6 +269,16 @@ DEFECTS = [
         ),
         C.format("test_cursor"),
     ),
+    Defect(
+        "control-word",
+        "what a control block is told is gone before it is copied",
+        "libvmm/src/cursor.c",
+        replaces(
+            "    uint32_t *word = (uint32_t *)(cursor->control->mirror + at);\n",
+            "    uint32_t here, *word = &here;\n",
+        ),
+        C.format("test_cursor"),
+    ),
     # ---- order -----------------------------------------------------------------------------
     Defect(
         "last-write",
