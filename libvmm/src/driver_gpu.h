@@ -373,7 +373,7 @@ static vmm_status gpu_set_access(void *state, uintptr_t address, size_t bytes) {
     };
     vmm_status status = enter_relaxed(device, &visit);
     if (status)
-        return status; /* unreached: map, just before, has entered */
+        return status;
     /* Under WSL2 it is not ready now and then when threads map at once: wait for 50 us, then
      * each time twice as long, 6 ms in all. */
     struct timespec pause = {.tv_nsec = 50 * 1000};
@@ -657,7 +657,7 @@ static vmm_status gpu_stream_capture(void *state, vmm_stream stream, uint64_t *c
     *capture_id = 0;
     vmm_status status = enter(state, &visit);
     if (status)
-        return status; /* unreached: the calls before it have entered */
+        return status;
     /* The default stream cannot say while a stream that it waits for is captured; that is an
      * error of its own (STREAM_CAPTURE_IMPLICIT), which becomes VMM_ERR_CAPTURING. */
     status = leave(&visit, CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, &id, NULL,
@@ -707,7 +707,7 @@ static vmm_status gpu_event_record(void *state, driver_event event, vmm_stream s
 static vmm_status gpu_event_wait(void *state, vmm_stream stream, driver_event event,
                                  bool external) {
     visit visit;
-    if (external && !GPU_EXTERNAL_WAITS) /* unreached: on HIP, work outside a capture */
+    if (external && !GPU_EXTERNAL_WAITS)
         return vmm_fail(VMM_ERR_CAPTURING, GPU_NAME(StreamWaitEvent),
                         GPU_VENDOR " cannot wait, in a capture, for work submitted outside it: "
                                    "append on the captured stream before the capture begins");

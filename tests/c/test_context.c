@@ -214,6 +214,17 @@ static void test_first_write(void) {
     world_close(&w);
 }
 
+/* What is no stream, by the code that CUDA has for it; the simulator ends at one. HIP's call for
+ * it has no code. */
+static void test_no_stream(void) {
+    vmm_event *event;
+
+    CHECK(sim_fail("cuStreamGetCtx", 1, 400, 1) == 0);
+    CHECK_STATUS(vmm_event_record(f.device, stream, &event), VMM_ERR_INVALID);
+    CHECK(!event && strstr(vmm_last_error()->message, "this is no stream"));
+    sim_fail_none();
+}
+
 int main(int argc, char **argv) {
     static const char *const calls[] = {"cuCtxGetCurrent", "cuThreadExchangeStreamCaptureMode",
                                         "cuCtxPushCurrent"};
@@ -229,6 +240,8 @@ int main(int argc, char **argv) {
         SKIP("the driver is not the simulated one");
     CHECK_CUDA(cuda()->stream_create(&stream, CUDA_STREAM_NON_BLOCKING));
     test_first_write();
+    if (!is_hip)
+        test_no_stream();
     for (size_t o = 0; o < LENGTH_OF(operations); o++)
         for (size_t c = 0; c < LENGTH_OF(calls) - is_hip; c++) {
             long nth = 1;

@@ -523,6 +523,36 @@ static void test_broken_capture(void) {
     CHECK_OK(vmm_close(t));
 }
 
+/* The last write was on another stream, before the capture: the graph waits for it, or, where the
+ * driver cannot have that, the append is refused. */
+static void test_written_before(void) {
+    static const int64_t shape[] = {0, 64};
+    vmm_tensor *t = reserve(2, shape, 0, VMM_LAYOUT_SEQ);
+    source first, second;
+
+    source_open(&first, t, 2, 1);
+    source_open(&second, t, 1, 2);
+    CHECK_OK(vmm_append(t, &first.array, other));
+    CHECK_OK(vmm_map(t, 3));
+    if (is_hip) {
+        void *graph;
+        CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
+        CHECK_STATUS(vmm_append(t, &second.array, stream), VMM_ERR_CAPTURING);
+        CHECK_CUDA(cuda()->end_capture(stream, &graph));
+        CHECK_CUDA(cuda()->graph_destroy(graph));
+    } else {
+        void *exec = capture(1, &t, &second.array);
+        CHECK_CUDA(cuda()->graph_launch(exec, stream));
+        CHECK_OK(vmm_advance(t, 1));
+        check_rows(t, 0, 2, 3, 2);
+        CHECK_CUDA(cuda()->graph_exec_destroy(exec));
+    }
+    check_rows(t, 0, 0, 2, 1);
+    source_close(&first);
+    source_close(&second);
+    close_captured(t);
+}
+
 int main(int argc, char **argv) {
     f = fixture_open(argc, argv, 0, 0);
     if (f.is_gpu) {
@@ -542,6 +572,7 @@ int main(int argc, char **argv) {
         test_behind_a_fence();
         test_copied_late();
         test_broken_capture();
+        test_written_before();
         CHECK_CUDA(cuda()->stream_destroy(other));
         CHECK_CUDA(cuda()->stream_destroy(stream));
     }
