@@ -200,11 +200,8 @@ static void test_many_apart(const fixture *f) {
         CHECK(data[i] = malloc((size_t)extent));
         for (int64_t k = 0; k < extent; k++)
             data[i][k] = row_byte((uint32_t)i, (size_t)k);
-        sources[i] = (vmm_array){.data = data[i],
-                                 .dtype = VMM_UINT8,
-                                 .ndim = 6,
-                                 .shape = rows,
-                                 .strides = strides};
+        sources[i] = (vmm_array){
+            .data = data[i], .dtype = VMM_UINT8, .ndim = 6, .shape = rows, .strides = strides};
         if (f->is_gpu) {
             sources[i].data = device_alloc(f, (size_t)extent);
             sources[i].memory = VMM_MEMORY_DEVICE;
