@@ -241,6 +241,12 @@ $(BUILD)/tests/c/%: tests/c/%.c $(BUILD)/libvmm.so
 	@mkdir -p $(@D)
 	$(CC) $(TEST_FLAGS) -o $@ $< $(LINK_VMM)
 
+# The fuzzer is several files.
+$(BUILD)/tests/c/test_fuzz_corpus: tests/c/test_fuzz_corpus.c $(wildcard tests/fuzz/*.[ch]) \
+    tests/c/check.h $(BUILD)/libvmm.so
+	@mkdir -p $(@D)
+	$(CC) $(filter-out -MMD -MP,$(TEST_FLAGS)) -o $@ $< $(wildcard tests/fuzz/*.c) $(LINK_VMM)
+
 # malloc and others are the program's own, for libvmm.so too: see tests/sweep/faults.h.
 $(SWEEP): $(wildcard tests/sweep/*.[ch]) tests/c/check.h $(BUILD)/libvmm.so
 	@mkdir -p $(@D)

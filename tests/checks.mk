@@ -56,7 +56,7 @@ coverage: $(call have,coverage)
 	  --fail-under-line 95 --fail-under-branch 90
 
 # ---- fuzzing ----------------------------------------------------------------------
-# libFuzzer over the C interface, see tests/fuzz/fuzz_vmm.c. What it finds lands in
+# libFuzzer over the C interface, see tests/fuzz/fuzz.h. What it finds lands in
 # build/fuzz: the growing corpus in corpus/, inputs that fail as crash-*; these become
 # tests by a copy into tests/fuzz/corpus.
 CLANG ?= $(firstword $(shell ls /usr/bin/clang-[0-9][0-9] 2>/dev/null | sort -rV) \
@@ -75,13 +75,13 @@ check-clang:
 	@[ -n '$(CLANG)' ] || { echo 'missing: clang with its run-time library. On Debian and' \
 	  'Ubuntu: apt install clang-19 libclang-rt-19-dev (or what is newest)' >&2; exit 1; }
 
-build/fuzz/fuzz_vmm: tests/fuzz/fuzz_vmm.c tests/fuzz/shadow.h tests/c/check.h \
+build/fuzz/fuzz_vmm: $(wildcard tests/fuzz/*.[ch]) tests/c/check.h tests/sim/vmm_sim.h \
     $(wildcard libvmm/src/*.[chS]) libvmm/include/vmm.h | check-clang
 	@mkdir -p $(@D)
 	@$(MAKE) --no-print-directory BUILD=build/fuzz CC=$(CLANG) CFLAGS='$(FUZZ_FLAGS)' NVCC= HIPCC= \
 	  fuzz-objects
 	$(CLANG) $(FUZZ_FLAGS) -fsanitize=fuzzer -std=c11 -Wall -Wextra -Ilibvmm/include -Itests/c \
-	  -Itests/sim -o $@ $< build/fuzz/obj/*.o -pthread -ldl -lm
+	  -Itests/sim -o $@ $(wildcard tests/fuzz/*.c) build/fuzz/obj/*.o -pthread -ldl -lm
 
 fuzz-objects: $(LIB_OBJECTS) $(BUILD)/obj/append_image.o
 

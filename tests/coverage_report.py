@@ -5,7 +5,7 @@
 The file is gcovr's. The section gets a row for each file, then every line that is left out by
 a GCOVR_EXCL marker, with the reason that stands behind the marker ("GCOVR_EXCL_LINE: reason"),
 and every line that no test reaches, with the reason behind its own marker ("unreached:
-reason"), which goes on for the lines that follow it.
+reason"), which goes on for the lines that follow it and to the end of its statement.
 """
 
 import json
@@ -81,12 +81,18 @@ def left_out(files):
             yield f"{file.path}:{number}", what + code(text or file.source[number]), found[2]
 
 
+def goes_on(file, number):
+    """Whether a line belongs to what stands before it: a run of missed lines, a statement."""
+    before = file.source[number - 2].rstrip()
+    return number - 1 in file.missed_lines or before.endswith((",", '"', "("))
+
+
 def why_unreached(file, number):
     for line in file.source[number - 1], file.source[number - 2]:  # where there is room for it
         found = UNREACHED.search(line)
         if found:
             return found[1]
-    if number - 1 in file.missed_lines:
+    if goes_on(file, number):
         return why_unreached(file, number - 1)
     sys.exit(f"{file.path}:{number}: no test reaches it, and no marker says why")
 

@@ -623,8 +623,9 @@ VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
  * address stays. No one else may write there.
  *   stream   work that it is given from now on finds the cursor current; VMM_STREAM_NONE for
  *            no such order. On the host it is ignored.
- * Returns VMM_ERR_INVALID, VMM_ERR_OVERFLOW (a capacity above INT32_MAX), VMM_ERR_OUT_OF_MEMORY,
- * VMM_ERR_CAPTURING, VMM_ERR_DRIVER, VMM_ERR_BUSY, VMM_ERR_FORKED.
+ * Returns VMM_ERR_INVALID, VMM_ERR_OVERFLOW (a capacity above INT32_MAX), VMM_ERR_UNSUPPORTED
+ * (more than 65535 lengths), VMM_ERR_OUT_OF_MEMORY, VMM_ERR_CAPTURING, VMM_ERR_DRIVER,
+ * VMM_ERR_BUSY, VMM_ERR_FORKED.
  * Cost: the first call allocates a few hundred bytes, which no budget counts; others what
  * vmm_handoff() does. With a cursor, append, grow and truncate launch one more kernel, and
  * whatever maps or trims writes one word and waits until it is there. Allowed in a capture. */
@@ -739,7 +740,7 @@ typedef struct vmm_tensor_stats {
     size_t reserved_bytes; /* address space */
     size_t mapped_bytes;   /* memory in this tensor's blocks */
     size_t used_bytes;     /* length * row_bytes; of a ragged tensor, each lane's own */
-    size_t slack_bytes;    /* mapped_bytes - used_bytes */
+    size_t slack_bytes;    /* mapped_bytes - used_bytes, 0 at least */
     size_t block_count;
     uint64_t driver_calls[VMM_CALL_COUNT]; /* made by calls on this tensor */
 } vmm_tensor_stats;
@@ -756,7 +757,9 @@ typedef struct vmm_pool_stats {
     uint64_t driver_calls[VMM_CALL_COUNT]; /* made for this pool and its tensors */
 } vmm_pool_stats;
 
-/* Fill `out`. No driver call. vmm_pool_statistics() is thread-safe. */
+/* Fill `out`. No driver call. vmm_pool_statistics() is thread-safe; vmm_stats() is against
+ * everything but vmm_close() and vmm_release() of this tensor, and while another thread changes
+ * it, its figures may be of different moments. */
 VMM_API vmm_status vmm_stats(const vmm_tensor *tensor, vmm_tensor_stats *out);
 VMM_API vmm_status vmm_pool_statistics(vmm_pool *pool, vmm_pool_stats *out);
 

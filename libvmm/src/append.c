@@ -236,7 +236,7 @@ static vmm_status add_job(batch *batch, const copy_plan *plan) {
         batch->n_pieces++;
     } else if (copy_plan_is_wide(plan)) {
         if (batch->n_jobs_wide == VMM_APPEND_JOBS_WIDE)
-            status = launch_wide(batch); /* unreached: takes 17 wide jobs */
+            status = launch_wide(batch);
         if (!status)
             copy_plan_to_job_wide(plan, &batch->args_wide.job[batch->n_jobs_wide++]);
     } else {

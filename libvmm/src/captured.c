@@ -57,8 +57,6 @@ static vmm_status make_job(vmm_tensor *tensor, const vmm_array *source, vmm_curs
 static vmm_status launch(vmm_tensor *tensor, vmm_cursor_args *args, size_t n_jobs,
                          vmm_stream stream, bool *submitted) {
     const vmm_device *device = tensor->pool->device;
-    if (n_jobs == 0)
-        return VMM_OK;
     pool_count(tensor->pool, tensor->driver_calls, VMM_CALL_launch);
     vmm_status status = device->ops->launch_cursor(device->state, args, n_jobs, stream);
     *submitted |= !status;

@@ -14,6 +14,7 @@
 struct control_slab {
     struct control_slab *next;
     uintptr_t address;
+    char *mirror;    /* in host memory: the cells once more, behind them */
     uint32_t *flags; /* one for each cell; that of its first is a block's */
     size_t n_cells;
     bool is_taken[];
@@ -23,23 +24,26 @@ static void free_slab(vmm_pool *pool, struct control_slab *slab) {
     const driver_ops *ops = pool->device->ops;
     if (slab->address)
         ops->deallocate(pool->device->state, slab->address);
-    if (slab->flags)
-        ops->deallocate_host(pool->device->state, slab->flags);
+    if (slab->mirror)
+        ops->deallocate_host(pool->device->state, slab->mirror);
     free(slab);
 }
 
 static vmm_status make_slab(vmm_pool *pool, uint64_t *tensor_calls, size_t n_cells,
                             struct control_slab **out) {
     struct control_slab *slab = calloc(1, sizeof *slab + n_cells * sizeof slab->is_taken[0]);
-    void *flags = NULL;
+    size_t cell_bytes = n_cells * CELL_BYTES;
+    void *mirror = NULL;
     if (!slab)
         return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "cursor", "no host memory left");
     slab->n_cells = n_cells;
-    vmm_status status =
-        DRIVER(pool, tensor_calls, allocate_host, n_cells * sizeof *slab->flags, &flags);
-    slab->flags = flags;
-    if (!status)
-        status = DRIVER(pool, tensor_calls, allocate, n_cells * CELL_BYTES, &slab->address);
+    vmm_status status = DRIVER(pool, tensor_calls, allocate_host,
+                               cell_bytes + n_cells * sizeof *slab->flags, &mirror);
+    slab->mirror = mirror;
+    if (!status) {
+        slab->flags = (uint32_t *)(slab->mirror + cell_bytes);
+        status = DRIVER(pool, tensor_calls, allocate, cell_bytes, &slab->address);
+    }
     if (status) {
         free_slab(pool, slab);
         return status;
@@ -71,6 +75,7 @@ static bool take_cells_locked(vmm_pool *pool, control_block *control) {
     control->slab = slab;
     control->first = first;
     control->address = slab->address + first * CELL_BYTES;
+    control->mirror = slab->mirror + first * CELL_BYTES;
     control->flag = &slab->flags[first];
     *control->flag = 0;
     return true;

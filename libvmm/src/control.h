@@ -1,5 +1,6 @@
-/* control.h - control blocks (cursor_job.h) of the tensors of a pool, and the words in which the
- * device says that an append went past what is mapped.
+/* control.h - control blocks (cursor_job.h) of the tensors of a pool, each with as much host memory
+ * that it is copied from and to, and the words in which the device says that an append went past
+ * what is mapped.
  *
  * They are pieces of slabs, so that thousands of tensors do not cost an allocation each. A slab
  * is no part of the budget, and stays until the pool goes.
@@ -17,6 +18,7 @@ typedef struct control_block {
     struct control_slab *slab;
     size_t first, n_cells; /* of the slab */
     uintptr_t address;
+    char *mirror;            /* what is copied lies here, for a copy that fails may yet be made */
     volatile uint32_t *flag; /* in host memory; the device has it at the same address */
 } control_block;
 

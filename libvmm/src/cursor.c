@@ -17,9 +17,7 @@ static bool on_device(const vmm_tensor *tensor) {
  * is may still be taken back by the call that is under way. */
 static vmm_status write_control(vmm_tensor *tensor, tensor_cursor *cursor) {
     size_t n = cursor->n_entries, bytes = VMM_CURSOR_BYTES(n);
-    char *image = calloc(1, bytes);
-    if (!image)
-        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "cursor", "no host memory left");
+    char *image = memset(cursor->control->mirror, 0, bytes);
     uint32_t shown = (uint32_t)tensor->length;
     memcpy(image + VMM_CURSOR_WORDS(n), &shown, sizeof shown);
     for (size_t i = 0; i < n; i++) {
@@ -30,7 +28,6 @@ static vmm_status write_control(vmm_tensor *tensor, tensor_cursor *cursor) {
     }
     vmm_status status =
         DRIVER(tensor->pool, tensor->driver_calls, write, cursor->control->address, image, bytes);
-    free(image);
     cursor->shown_mapped = shown;
     return status;
 }
@@ -224,10 +221,11 @@ vmm_status cursor_show_mapped(vmm_tensor *tensor, size_t n_rows) {
     tensor_cursor *cursor = tensor->cursor;
     if (!cursor || !cursor->control || cursor->shown_mapped == n_rows)
         return VMM_OK;
-    uint32_t word = (uint32_t)n_rows;
-    vmm_status status =
-        DRIVER(tensor->pool, tensor->driver_calls, write,
-               cursor->control->address + VMM_CURSOR_WORDS(cursor->n_entries), &word, sizeof word);
+    size_t at = VMM_CURSOR_WORDS(cursor->n_entries);
+    uint32_t *word = (uint32_t *)(cursor->control->mirror + at);
+    __atomic_store_n(word, (uint32_t)n_rows, __ATOMIC_RELAXED); /* an earlier copy may be late */
+    vmm_status status = DRIVER(tensor->pool, tensor->driver_calls, write,
+                               cursor->control->address + at, word, sizeof *word);
     cursor->shown_mapped = status ? SIZE_MAX : n_rows; /* it may have arrived, or not */
     return status;
 }
@@ -264,9 +262,7 @@ static vmm_status compare(vmm_tensor *tensor, size_t n_rows, const char *operati
     size_t n = cursor->n_entries;
     /* Asked first: a graph that goes meanwhile is looked at by the next call. */
     bool is_last = cursor_graph_count(tensor) == 0;
-    int32_t few[64], *values = n > 64 ? malloc(n * sizeof *values) : few;
-    if (!values)
-        return vmm_fail(VMM_ERR_OUT_OF_MEMORY, operation, "no host memory left");
+    int32_t *values = (int32_t *)cursor->control->mirror;
     vmm_status status = DRIVER(tensor->pool, tensor->driver_calls, read, values,
                                cursor->control->address, n * sizeof *values);
     for (size_t i = 0; i < n && !status; i++) {
@@ -286,8 +282,6 @@ static vmm_status compare(vmm_tensor *tensor, size_t n_rows, const char *operati
                               "truncate(%lld) first",
                               -ahead, (long long)values[i]);
     }
-    if (values != few)
-        free(values);
     if (!status && is_last)
         cursor->may_differ = false;
     return status;

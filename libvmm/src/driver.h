@@ -78,7 +78,8 @@ typedef struct driver_ops {
     vmm_status (*allocate_host)(void *state, size_t bytes, void **out);
     void (*deallocate)(void *state, uintptr_t address);
     void (*deallocate_host)(void *state, void *address);
-    /* Copy a few bytes, and wait until they have arrived; ordered with no other work. */
+    /* Copy a few bytes, and wait until they have arrived; ordered with no other work. After a
+     * failure they may arrive yet, so what they are read from, or written to, stays. */
     vmm_status (*write)(void *state, uintptr_t dst, const void *src, size_t bytes);
     vmm_status (*read)(void *state, void *dst, uintptr_t src, size_t bytes);
 

@@ -257,7 +257,7 @@ static vmm_status check_stream(const gpu_device *device, CUstream stream) {
     CUdevice other;
     CUresult code = driver.calls.cuStreamGetCtx(stream, &context);
     if (code == CUDA_ERROR_INVALID_HANDLE || code == CUDA_ERROR_INVALID_CONTEXT ||
-        code == CUDA_ERROR_CONTEXT_IS_DESTROYED) /* unreached: no stream: the simulator ends */
+        code == CUDA_ERROR_CONTEXT_IS_DESTROYED)
         return fail(VMM_ERR_INVALID, code, "cuStreamGetCtx", ": this is no stream");
     if (code != CUDA_SUCCESS || context == device->context)
         return checked(code, "cuStreamGetCtx");

@@ -374,7 +374,7 @@ static vmm_status gpu_set_access(void *state, uintptr_t address, size_t bytes) {
     };
     vmm_status status = enter_relaxed(device, &visit);
     if (status)
-        return status; /* unreached: map, just before, has entered */
+        return status;
     /* Under WSL2 it is not ready now and then when threads map at once: wait for 50 us, then
      * each time twice as long, 6 ms in all. */
     struct timespec pause = {.tv_nsec = 50 * 1000};

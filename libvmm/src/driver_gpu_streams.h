@@ -89,6 +89,7 @@ static vmm_status retain_graph(vmm_stream stream, gpu_user_object object) {
     vmm_status status =
         CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, NULL, &graph, NULL, NULL);
     if (!status && capture != GPU_CAPTURE_STATUS_ACTIVE)
+        /* unreached: the caller has asked; it takes another thread in between */
         status = vmm_fail(VMM_ERR_CAPTURING, GPU_NAME(StreamGetCaptureInfo),
                           "the capture of this stream has been invalidated: end it first");
     return status ? status
@@ -132,14 +133,14 @@ static vmm_status gpu_stream_capture(void *state, vmm_stream stream, uint64_t *c
     *capture_id = 0;
     vmm_status status = enter(state, &visit);
     if (status)
-        return status; /* unreached: the calls before it have entered */
+        return status;
     /* The default stream cannot say while a stream that it waits for is captured; that is an
      * error of its own (STREAM_CAPTURE_IMPLICIT), which becomes VMM_ERR_CAPTURING. */
     status = leave(&visit, CALL(GPU(StreamGetCaptureInfo), stream_of(stream), &capture, &id, NULL,
                                 NULL, NULL));
     if (status)
         return status;
-    if (capture == GPU_CAPTURE_STATUS_INVALIDATED) /* unreached: a capture that broke */
+    if (capture == GPU_CAPTURE_STATUS_INVALIDATED)
         return vmm_fail(VMM_ERR_CAPTURING, GPU_NAME(StreamGetCaptureInfo),
                         "the capture of this stream has been invalidated: end it first");
     if (capture == GPU_CAPTURE_STATUS_ACTIVE)
@@ -182,7 +183,7 @@ static vmm_status gpu_event_record(void *state, driver_event event, vmm_stream s
 static vmm_status gpu_event_wait(void *state, vmm_stream stream, driver_event event,
                                  bool external) {
     visit visit;
-    if (external && !GPU_EXTERNAL_WAITS) /* unreached: on HIP, work outside a capture */
+    if (external && !GPU_EXTERNAL_WAITS)
         return vmm_fail(VMM_ERR_CAPTURING, GPU_NAME(StreamWaitEvent),
                         GPU_VENDOR " cannot wait, in a capture, for work submitted outside it: "
                                    "append on the captured stream before the capture begins");

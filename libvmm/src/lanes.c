@@ -8,11 +8,15 @@
 #include "cursor.h"
 #include "error.h"
 
+static void set_lane(vmm_tensor *tensor, size_t lane, size_t n_rows) {
+    __atomic_store_n(&tensor->lengths[lane], n_rows, __ATOMIC_RELAXED);
+}
+
 /* Have `lengths` say what it means. */
 static void spell_out(vmm_tensor *tensor) {
     if (!tensor->is_ragged)
         for (size_t lane = 0; lane < tensor->n_lengths; lane++)
-            tensor->lengths[lane] = tensor->length;
+            set_lane(tensor, lane, tensor->length);
 }
 
 /* After `lengths` has changed. */
@@ -23,7 +27,7 @@ static void sum_up(vmm_tensor *tensor) {
         least = n_rows < least ? n_rows : least;
         most = n_rows > most ? n_rows : most;
     }
-    tensor->is_ragged = least != most;
+    __atomic_store_n(&tensor->is_ragged, least != most, __ATOMIC_RELEASE);
     tensor_set_length(tensor, most);
 }
 
@@ -70,7 +74,7 @@ void lanes_extend(vmm_tensor *tensor, const lane_list *list, size_t n_rows) {
     spell_out(tensor);
     for (size_t i = 0; i < n; i++) {
         size_t lane = lane_at(list, i);
-        tensor->lengths[lane] = tensor->lengths[lane] + lane_count(list, i, n_rows);
+        set_lane(tensor, lane, tensor->lengths[lane] + lane_count(list, i, n_rows));
     }
     sum_up(tensor);
 }
@@ -78,20 +82,20 @@ void lanes_extend(vmm_tensor *tensor, const lane_list *list, size_t n_rows) {
 void lanes_cut(vmm_tensor *tensor, size_t n_rows) {
     for (size_t lane = 0; lane < tensor->n_lengths; lane++)
         if (tensor->lengths[lane] > n_rows)
-            tensor->lengths[lane] = n_rows;
+            set_lane(tensor, lane, n_rows);
     sum_up(tensor);
 }
 
 void lanes_copy(vmm_tensor *to, const vmm_tensor *from, size_t n_rows) {
     for (size_t lane = 0; lane < to->n_lengths; lane++)
-        to->lengths[lane] = lanes_length(from, lane);
+        set_lane(to, lane, lanes_length(from, lane));
     lanes_cut(to, n_rows);
 }
 
 void lanes_set(vmm_tensor *tensor, const lane_list *list) {
     spell_out(tensor);
     for (size_t i = 0; i < list->n; i++)
-        tensor->lengths[lane_at(list, i)] = list->counts[i];
+        set_lane(tensor, lane_at(list, i), list->counts[i]);
     sum_up(tensor);
 }
 

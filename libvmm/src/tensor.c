@@ -486,11 +486,12 @@ vmm_status vmm_stats(const vmm_tensor *tensor, vmm_tensor_stats *out) {
     if (tensor->process != vmm_process)
         return vmm_fail(VMM_ERR_FORKED, "stats", "the tensor belongs to the parent process");
     *out = (vmm_tensor_stats){.reserved_bytes = tensor->range->bytes};
+    out->used_bytes = lanes_used_rows(tensor) * (tensor->row_bytes / tensor->n_lengths);
     range_count(tensor->range, &out->mapped_bytes, &out->block_count);
-    out->used_bytes = tensor->is_ragged
-                          ? lanes_used_rows(tensor) * (tensor->row_bytes / tensor->n_lengths)
-                          : vmm_length(tensor) * tensor->row_bytes;
-    out->slack_bytes = out->mapped_bytes - out->used_bytes;
+    /* In this order, so that rows which another thread adds meanwhile are not counted before their
+     * memory; it may have cut and trimmed all the same. */
+    if (out->mapped_bytes > out->used_bytes)
+        out->slack_bytes = out->mapped_bytes - out->used_bytes;
     for (int call = 0; call < VMM_CALL_COUNT; call++)
         out->driver_calls[call] = __atomic_load_n(&tensor->driver_calls[call], __ATOMIC_RELAXED);
     return VMM_OK;

@@ -98,9 +98,11 @@ static inline size_t lane_count(const lane_list *list, size_t i, size_t n_rows) 
     return list && list->counts ? list->counts[i] : n_rows;
 }
 
-/* The length of one lane, by its index in dimension 0. */
+/* The length of one lane, by its index in dimension 0. On any thread. */
 static inline size_t lanes_length(const vmm_tensor *tensor, size_t lane) {
-    return tensor->is_ragged ? tensor->lengths[lane] : tensor->length;
+    return __atomic_load_n(&tensor->is_ragged, __ATOMIC_ACQUIRE)
+               ? __atomic_load_n(&tensor->lengths[lane], __ATOMIC_RELAXED)
+               : __atomic_load_n(&tensor->length, __ATOMIC_RELAXED);
 }
 
 /* lanes.c: the shortest length; the rows in use of all lanes together. */

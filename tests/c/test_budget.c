@@ -151,6 +151,25 @@ static void test_free_blocks_make_room(const fixture *f) {
     CHECK_OK(vmm_pool_close(tight.pool));
 }
 
+/* A tensor's own blocks are larger than the pool's budget: nothing is given up for one. */
+static void test_block_beyond_the_budget(const fixture *f) {
+    size_t granule = f->granularity_bytes;
+    fixture tight = *f;
+    vmm_spec small = make_spec(granule, 4 * granule), large = make_spec(4 * granule, 8 * granule);
+
+    CHECK_OK(vmm_pool_create(f->device, granule, 2 * granule, &tight.pool));
+    model a = model_open(&tight, &small), b = model_open(&tight, &large);
+    model_append(&a, VMM_UINT8, 1, VMM_MEMORY_HOST, NULL);
+    size_t held = held_bytes(tight.pool);
+    CHECK_STATUS(vmm_grow(b.tensor, 1, NULL), VMM_ERR_OUT_OF_MEMORY);
+    CHECK(strstr(vmm_last_error()->message, "budget"));
+    CHECK_SIZE(held_bytes(tight.pool), held);
+    model_check(&a);
+    model_close(&a);
+    model_close(&b);
+    CHECK_OK(vmm_pool_close(tight.pool));
+}
+
 int main(int argc, char **argv) {
     fixture f = fixture_open(argc, argv, 0, 0);
 
@@ -158,6 +177,7 @@ int main(int argc, char **argv) {
     test_exhausted(&f, 2 * f.granularity_bytes);
     test_exhausted(&f, VMM_BLOCK_AUTO);
     test_callbacks(&f);
+    test_block_beyond_the_budget(&f);
     test_free_blocks_make_room(&f);
     fixture_close(&f);
     return 0;

@@ -26,6 +26,7 @@ static int be_the_child(fixture *f, model *m, vmm_pin *pin, vmm_event *before) {
     vmm_pin *other = NULL;
     vmm_tensor_stats stats;
     vmm_event *event = NULL;
+    int32_t *cursor = NULL;
     int done = -1;
     long seen = simulated_calls(f);
 
@@ -44,6 +45,13 @@ static int be_the_child(fixture *f, model *m, vmm_pin *pin, vmm_event *before) {
     CHECK_STATUS(vmm_pool_create(f->device, 0, 0, &pool), VMM_ERR_FORKED);
     CHECK_STATUS(vmm_device_query(f->device, &info), VMM_ERR_FORKED);
     CHECK_STATUS(vmm_stats(m->tensor, &stats), VMM_ERR_FORKED);
+    CHECK_STATUS(vmm_cursor(m->tensor, NULL, &cursor), VMM_ERR_FORKED);
+    CHECK_STATUS(vmm_advance(m->tensor, 1), VMM_ERR_FORKED);
+    CHECK_STATUS(vmm_append_lanes(1, &m->tensor, &source, 1, NULL, NULL, NULL), VMM_ERR_FORKED);
+    CHECK_STATUS(vmm_truncate_lanes(m->tensor, 0, NULL, NULL, NULL), VMM_ERR_FORKED);
+    CHECK_STATUS(vmm_stream_is_capturing(f->device, NULL, &done), VMM_ERR_FORKED);
+    CHECK(!cursor && done == 0);
+    done = -1;
     CHECK_STATUS(vmm_pool_on_oom(f->pool, on_oom, NULL), VMM_ERR_FORKED);
     CHECK_STATUS(vmm_pool_capture_begin(f->pool), VMM_ERR_FORKED);
     CHECK_STATUS(vmm_pool_capture_end(f->pool), VMM_ERR_FORKED);

@@ -1,11 +1,13 @@
 /* What `make fuzz` has found worth keeping: every input of tests/fuzz/corpus, and of crashes
  * that were mended, through the fuzzer's harness. A second argument names one input. */
-#include "../fuzz/fuzz_vmm.c"
+#include "../fuzz/fuzz.h"
 
 #include <dirent.h>
 #include <sys/stat.h>
 
 #define CORPUS "tests/fuzz/corpus"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 static void run_file(const char *path) {
     struct stat info;

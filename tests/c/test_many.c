@@ -199,7 +199,7 @@ static void test_callback_leaves_them_alone(const fixture *f) {
     CHECK_OK(vmm_pool_close(tight.pool));
 }
 
-/* More tensors than a launch holds, and one whose rank needs the wide kernel. */
+/* More tensors than a launch holds, and one of the highest rank. */
 static void test_long_list(const fixture *f, vmm_memory memory) {
     model models[N_TENSORS];
     size_t n_rows[N_TENSORS];

@@ -358,6 +358,24 @@ static void test_batch(const fixture *f) {
     close_many(kv, 2);
 }
 
+/* One piece is so much larger than the others that it takes their share of the device. */
+static void test_uneven(const fixture *f) {
+    static const int64_t shape[] = {64, 0, 512};
+    vmm_spec spec = {.ndim = 3,
+                     .shape = shape,
+                     .axis = 1,
+                     .dtype = VMM_UINT8,
+                     .capacity = 100,
+                     .layout = VMM_LAYOUT_LANE};
+    shadow *kv = open_many(f, 2, &spec);
+    size_t counts[64];
+    for (size_t i = 0; i < 64; i++)
+        counts[i] = 1 + i % 3;
+    counts[20] = 100;
+    append_lanes(kv, 2, 64, NULL, counts, 100, device_memory(f), false, VMM_OK);
+    close_many(kv, 2);
+}
+
 /* Keys and values of many layers. `is_mixed`: not all of one geometry. */
 static void test_layers(const fixture *f, vmm_layout layout, size_t n, bool is_mixed,
                         uint64_t expected) {
@@ -583,6 +601,7 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < LENGTH_OF(arrangements); i++)
         run(&f, &arrangements[i], arrangements[i].n_lengths > 8 ? 60 : 300, 1 + i);
     test_batch(&f);
+    test_uneven(&f);
     test_layers(&f, VMM_LAYOUT_SEQ, 64, false, 1);
     test_layers(&f, VMM_LAYOUT_LANE, 64, false, 1);
     test_layers(&f, VMM_LAYOUT_SEQ, 170, false, 2);

@@ -180,10 +180,58 @@ static void test_single_strides(const fixture *f) {
     CHECK_OK(vmm_close(tensor));
 }
 
+/* Sources none of whose dimensions can be copied as one with its neighbour: such copies take the
+ * wide form of a job, of which a launch holds fewer. Many at once. */
+static void test_many_apart(const fixture *f) {
+    enum { N = 20, ROWS = 3, DIM = 8 };
+    static const int64_t shape[] = {2, 2, 0, 2, 2, DIM}, rows[] = {2, 2, ROWS, 2, 2, DIM};
+    vmm_spec spec = {.ndim = 6, .shape = shape, .axis = 2, .dtype = VMM_UINT8, .capacity = 50};
+    int64_t strides[6], extent = 1;
+    vmm_tensor *tensors[N];
+    vmm_array sources[N];
+    uint8_t *data[N];
+
+    for (int d = 5; d >= 0; d--) {
+        strides[d] = extent;
+        extent = extent * rows[d] + DIM;
+    }
+    for (size_t i = 0; i < N; i++) {
+        CHECK_OK(vmm_reserve(f->pool, &spec, &tensors[i]));
+        CHECK(data[i] = malloc((size_t)extent));
+        for (int64_t k = 0; k < extent; k++)
+            data[i][k] = row_byte((uint32_t)i, (size_t)k);
+        sources[i] = (vmm_array){
+            .data = data[i], .dtype = VMM_UINT8, .ndim = 6, .shape = rows, .strides = strides};
+        if (f->is_gpu) {
+            sources[i].data = device_alloc(f, (size_t)extent);
+            sources[i].memory = VMM_MEMORY_DEVICE;
+            write_device(f, (void *)(uintptr_t)sources[i].data, data[i], (size_t)extent);
+        }
+    }
+    CHECK_OK(vmm_append_many(N, tensors, sources, NULL));
+    for (size_t i = 0; i < N; i++) {
+        uint8_t *actual = read_rows(f, tensors[i], 0, ROWS);
+        for (size_t k = 0; k < product(rows, 6); k++) {
+            size_t rest = k, at = 0;
+            for (int d = 5; d >= 0; d--) {
+                at += rest % (size_t)rows[d] * (size_t)strides[d];
+                rest /= (size_t)rows[d];
+            }
+            CHECK(actual[k] == data[i][at]);
+        }
+        free(actual);
+        if (f->is_gpu)
+            device_free(f, (void *)(uintptr_t)sources[i].data);
+        free(data[i]);
+        CHECK_OK(vmm_close(tensors[i]));
+    }
+}
+
 int main(int argc, char **argv) {
     fixture f = fixture_open(argc, argv, 0, 0);
 
     test_transposed(&f);
+    test_many_apart(&f);
     test_single_strides(&f);
     for (uint64_t round = 0; round < N_ROUNDS; round++)
         run(&f, f.is_gpu && round % 2 ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST, round);

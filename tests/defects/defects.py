@@ -256,6 +256,29 @@ DEFECTS = [
         replaces("if (__atomic_load_n(cursor->control->flag, __ATOMIC_ACQUIRE)) {", "if (false) {"),
         C.format("test_graphs"),
     ),
+    Defect(
+        "control-fence",
+        "a control block is another tensor's before its fence",
+        "libvmm/src/control.c",
+        replaces(
+            "    pool_discard_later(control->pool, &control->entry, discard_control);\n",
+            "    vmm_pool *pool = control->pool;\n"
+            "    pthread_mutex_lock(&pool->lock);\n"
+            "    discard_control(&control->entry);\n"
+            "    pthread_mutex_unlock(&pool->lock);\n",
+        ),
+        C.format("test_cursor"),
+    ),
+    Defect(
+        "control-word",
+        "what a control block is told is gone before it is copied",
+        "libvmm/src/cursor.c",
+        replaces(
+            "    uint32_t *word = (uint32_t *)(cursor->control->mirror + at);\n",
+            "    uint32_t here, *word = &here;\n",
+        ),
+        C.format("test_cursor"),
+    ),
     # ---- order -----------------------------------------------------------------------------
     Defect(
         "last-write",

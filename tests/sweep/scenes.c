@@ -412,21 +412,26 @@ static void check_append_lane(world *w) {
     CHECK(!vmm_is_ragged(FIRST->tensor));
 }
 
-/* More lanes than jobs fit a narrow launch, all of them mapped. */
+/* Many lanes, each of which is one block. */
+static vmm_spec lanes_spec(const int64_t *shape) {
+    return (vmm_spec){.ndim = 3,
+                      .shape = shape,
+                      .axis = 1,
+                      .dtype = VMM_UINT8,
+                      .capacity = 256,
+                      .layout = VMM_LAYOUT_LANE};
+}
+
+/* More lanes than pieces fit a launch, all of them mapped: a launch may fail behind another. */
 static void append_pieces(world *w) {
-    static const int64_t shape[] = {VMM_APPEND_JOBS + 1, 0, 16};
-    vmm_spec spec = {.ndim = 3,
-                     .shape = shape,
-                     .axis = 1,
-                     .dtype = VMM_UINT8,
-                     .capacity = 256,
-                     .layout = VMM_LAYOUT_LANE};
+    static const int64_t shape[] = {VMM_APPEND_PIECES + 1, 0, 16};
+    vmm_spec spec = lanes_spec(shape);
     model *m = world_tensor(w, &spec, FIRST_ROWS);
     world_rows(w, m, MORE_ROWS, VMM_MEMORY_DEVICE, DENSE);
 }
 
 static vmm_status run_append_pieces(world *w) {
-    return vmm_append_lanes(1, &FIRST->tensor, &w->sources[0].array, VMM_APPEND_JOBS + 1, NULL,
+    return vmm_append_lanes(1, &FIRST->tensor, &w->sources[0].array, VMM_APPEND_PIECES + 1, NULL,
                             NULL, w->streams[1]);
 }
 
@@ -508,6 +513,14 @@ static void handoff_after_readers(world *w) {
 
 static vmm_status run_stream_wait(world *w) {
     return vmm_stream_wait(w->f.device, w->streams[1], w->streams[0]);
+}
+
+static vmm_status run_is_capturing(world *w) {
+    return vmm_stream_is_capturing(w->f.device, w->streams[0], &w->done);
+}
+
+static void check_is_capturing(world *w) {
+    CHECK(w->done == 0);
 }
 
 static vmm_status run_event_record(world *w) {
@@ -716,6 +729,40 @@ static void check_captured(world *w) {
     check_appended_with_cursors(w);
 }
 
+/* A graph has appended a row, and may again: what starts from the host's lengths waits for the
+ * device and looks. */
+static void behind_a_graph(world *w) {
+    static const int64_t shape[] = {4, 0, 16};
+    vmm_spec spec = lanes_spec(shape);
+    model *m = world_tensor(w, &spec, 0);
+    model_append(m, VMM_UINT8, FIRST_ROWS, VMM_MEMORY_HOST, w->streams[1]);
+    world_rows(w, m, MORE_ROWS, VMM_MEMORY_DEVICE, DENSE);
+    rows *row = world_rows(w, m, 1, VMM_MEMORY_DEVICE, DENSE);
+    world_wait(w);
+    CHECK_CUDA(cuda()->begin_capture(w->streams[1], CUDA_CAPTURE_GLOBAL));
+    CHECK_OK(vmm_append(m->tensor, &row->array, w->streams[1]));
+    CHECK_CUDA(cuda()->end_capture(w->streams[1], &w->graph));
+    CHECK_CUDA(cuda()->instantiate(&w->exec, w->graph, 0));
+    CHECK_CUDA(cuda()->graph_destroy(w->graph));
+    CHECK_CUDA(cuda()->graph_launch(w->exec, w->streams[1]));
+    CHECK_OK(vmm_advance(m->tensor, 1));
+    world_appended(m, row);
+}
+
+static void replayed_again(world *w) {
+    behind_a_graph(w);
+    CHECK_CUDA(cuda()->graph_launch(w->exec, w->streams[1]));
+}
+
+static vmm_status run_advance(world *w) {
+    return vmm_advance(FIRST->tensor, 1);
+}
+
+static void check_advance(world *w) {
+    world_appended(FIRST, &w->sources[1]);
+    CHECK_SIZE(vmm_length(FIRST->tensor), FIRST->length);
+}
+
 /* clang-format off */
 const scene scenes[] = {
     {"device_query", ONCE, nothing, run_query, check_query, 0},
@@ -787,11 +834,21 @@ const scene scenes[] = {
     {"truncate, with a cursor", ONE_BLOCKS | SUBMITS, with_cursor, run_truncate,
      check_truncate_with_cursor, 0},
     {"trim, with a cursor", ONE_BLOCKS | SUBMITS, more_mapped_with_cursor, run_trim, check_trim, 0},
+    {"append, behind a graph", ONCE | CUDA_ONLY | SUBMITS | FENCES, behind_a_graph, run_append,
+     check_appended, 0},
+    {"grow, behind a graph", ONCE | CUDA_ONLY | SUBMITS | FENCES, behind_a_graph, run_grow,
+     check_grow, 0},
+    {"truncate, behind a graph", ONCE | CUDA_ONLY | SUBMITS | FENCES, behind_a_graph, run_truncate,
+     check_truncate, 0},
+    {"trim, behind a graph", ONCE | CUDA_ONLY | SUBMITS | FENCES, behind_a_graph, run_trim,
+     check_trim, 0},
+    {"advance", ONCE | CUDA_ONLY, replayed_again, run_advance, check_advance, 0},
     {"pin_rows", ONCE, one_tensor, run_pin, check_pin, 0},
     {"pin_cursor", ONCE, one_tensor, run_pin_cursor, check_pin, 0},
     {"handoff", ONCE | CUDA_ONLY, one_tensor, run_handoff, nothing, 0},
     {"handoff, after readers", ONCE | CUDA_ONLY, handoff_after_readers, run_handoff, nothing, 0},
     {"stream_wait", ONCE | CUDA_ONLY, one_tensor, run_stream_wait, nothing, 0},
+    {"stream_is_capturing", ONCE | CUDA_ONLY, nothing, run_is_capturing, check_is_capturing, 0},
     {"event_record", ONCE, nothing, run_event_record, nothing, 0},
     {"event_query", ONCE, recorded_event, run_event_query, check_event_query, 0},
     {"pool_trim, wait 0", ONE_BLOCKS | FENCES, closed_tensors, run_pool_trim,

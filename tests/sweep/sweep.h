@@ -65,6 +65,7 @@ typedef struct world {
     int done;
 
     void *graph; /* of a capture that has ended */
+    void *exec;  /* that appends, and goes with the world */
     bool is_capturing;
     bool is_kept; /* by a vmm_graph_pins: what the graph appends to */
     vmm_graph_pins *pins;

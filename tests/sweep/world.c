@@ -265,6 +265,10 @@ static void close_pool(vmm_pool *pool) {
 void world_close(world *w) {
     vmm_unpin(w->pin);
     vmm_event_close(w->event);
+    if (w->exec) {
+        CHECK_CUDA(cuda()->graph_exec_destroy(w->exec));
+        wait_for_unpinned(w->models[0].tensor);
+    }
     if (w->made)
         CHECK_OK(vmm_close(w->made));
     CHECK_OK(vmm_pool_free(w->f.pool, w->memory));
