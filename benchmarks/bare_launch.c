@@ -6,11 +6,10 @@
  */
 #include "cuda.h"
 
-/* Nanoseconds of each of `times` launches on `stream` of CUDA device `index`, in `samples`. The
- * stream is waited for before the first, and after the last. Ends the process where CUDA fails; pyvmm or a framework has
- * initialised it. */
-__attribute__((visibility("default"))) void bare_launches(int index, CUstream stream, int times,
-                                                          double *samples) {
+/* Nanoseconds of a launch on `stream` of CUDA device `index`, the mean of `times`. The stream is
+ * waited for before the first, and after the last. Ends the process where CUDA fails; pyvmm or a
+ * framework has initialised it. */
+__attribute__((visibility("default"))) double bare_launches(int index, CUstream stream, int times) {
     static bench_cuda cuda;
     static bool opened;
     static bench b = {.is_cuda = true}; /* too large for a stack */
@@ -21,10 +20,10 @@ __attribute__((visibility("default"))) void bare_launches(int index, CUstream st
     }
     cuda_bare_launch(&cuda, stream);
     CUDA_OK(cuda.cuStreamSynchronize(stream));
-    for (int i = 0; i < times; i++) {
-        double begin = bench_now();
+    double begin = bench_now();
+    for (int i = 0; i < times; i++)
         cuda_bare_launch(&cuda, stream);
-        samples[i] = bench_now() - begin;
-    }
+    double taken = bench_now() - begin;
     CUDA_OK(cuda.cuStreamSynchronize(stream));
+    return taken / times;
 }

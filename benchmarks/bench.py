@@ -55,15 +55,14 @@ class Bench(_measure.Bench):
         super().__init__(name, not_measured, device, out, quick)
 
 
-def bare_launches(index: int, stream: int, times: int) -> list[float]:
-    """Nanoseconds of each of so many bare launches with the append kernel's signature, from C, in
-    this process: bare_launch.c. Not more than a GPU's queue takes, or they wait for it.
+def bare_launches(index: int, stream: int, times: int) -> float:
+    """Nanoseconds of a bare launch with the append kernel's signature, from C, in this process, the
+    mean of `times`: bare_launch.c. Not more than a GPU's queue takes, or they wait for it.
 
     Raises OSError where `make bench-programs` has not been run."""
     library = ctypes.CDLL(str(RESULTS.parent.parent / "build/benchmarks/libbare_launch.so"))
-    samples = (ctypes.c_double * times)()
-    library.bare_launches(index, ctypes.c_void_p(stream), times, samples)
-    return list(samples)
+    library.bare_launches.restype = ctypes.c_double
+    return float(library.bare_launches(index, ctypes.c_void_p(stream), times))
 
 
 def twin(name: str) -> None:

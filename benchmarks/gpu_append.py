@@ -9,8 +9,9 @@ K and V of one layer, bfloat16, batch 8, 32 heads of 128:
                   8 heads, 65536 tokens, and of K alone with rows of 2, 16 and 64 KiB
     attention     one decode step (SDPA, flash) over the cache, against the same over
                   torch.empty memory with the same strides
-    host time     of append, append_many and grow from Python, against bare launches by C in the
-                  same process, copying a row into a slice of a preallocated tensor, and torch.cat
+    host time     of append, append_many and grow from Python, of copying a row into a slice of
+                  a preallocated tensor, and of torch.cat, each against bare launches by C in the
+                  same process
     driver calls  and slack by block size, and what an append costs that needs a block
 
 Every result is checked: the rows against what was appended, attention against attention.
@@ -286,42 +287,67 @@ def host_time(run: Run) -> None:
     cache = buffer[:, :length].contiguous()
     torch.cuda.synchronize(run.device)
 
-    def into_slice(i: int) -> None:
-        buffer[:, length + i : length + i + 1].copy_(new_k)
+    index = int(run.device.index or 0)
 
-    clock = time.perf_counter_ns
-    samples: dict[str, list[float]] = {"host/bare-launch": []}
-
-    def measure(id: str, call: Callable[..., object], *given: Any, n: int = batch) -> None:
-        """`call(*given)`, or call(i). A round of bare launches before each of its own, for the
-        host's times change within a run."""
+    def measure(id: str, calls: Callable[[int], object], n: int = batch) -> None:
+        """`calls(n)` makes n of them: a sample is the mean of these, for a look at the clock takes
+        a twentieth of a launch. As many bare launches before each, for the host's times change
+        within a run: base/ID."""
+        samples: list[float] = []
+        bare: list[float] = []
         for round in range(rounds + 1):
             torch.cuda.synchronize(run.device)
-            launches = bare_launches(int(run.device.index or 0), run.stream.cuda_stream, batch)
-            taken = []
-            for i in range(n):
-                arguments = given or (i,)
-                begin = clock()
-                call(*arguments)
-                taken.append(float(clock() - begin))
+            launches = bare_launches(index, run.stream.cuda_stream, batch)
+            begin = time.perf_counter_ns()
+            calls(n)
+            taken = (time.perf_counter_ns() - begin) / n
             torch.cuda.synchronize(run.device)
             k.truncate(length)
             v.truncate(length)
             if round > 0:  # the first warms up
-                samples["host/bare-launch"] += launches
-                samples.setdefault(id, []).extend(taken)
+                bare.append(launches)
+                samples.append(taken)
+        run.bench.report(f"base/{id}", bare)
+        run.bench.report(id, samples, f"base/{id}")
 
-    with torch.cuda.stream(run.stream):
+    def cats(n: int) -> None:
+        for _ in range(n):
+            torch.cat((cache, new_k), dim=1)
+
+    def copies_into_slices(n: int) -> None:
+        for i in range(n):
+            buffer[:, length + i : length + i + 1].copy_(new_k)
+
+    def appends(n: int) -> None:
+        for _ in range(n):
+            k.append(new_k)
+
+    def appends_of_a_vtensor(n: int) -> None:
+        for _ in range(n):
+            k.append(row)
+
+    def appends_on_a_stream(n: int) -> None:
+        for _ in range(n):
+            k.append(new_k, stream)
+
+    def appends_of_k_and_v(n: int) -> None:
+        for _ in range(n):
+            pyvmm.append_many(pair, rows)
+
+    def grows(n: int) -> None:
+        for _ in range(n):
+            k.grow(1)
+
+    pair, rows, stream = [k, v], [new_k, new_v], run.stream
+    with torch.cuda.stream(stream):
         row = run.filled("seq", 1, 1)
-        measure("host/cat-k", lambda i: torch.cat((cache, new_k), dim=1), n=20)
-        measure("host/copy-into-slice", into_slice)
-        measure("host/append", k.append, new_k)
-        measure("host/append/vtensor", k.append, row)
-        measure("host/append/stream-named", k.append, new_k, run.stream)
-        measure("host/append-many/k-and-v", pyvmm.append_many, [k, v], [new_k, new_v])
-        measure("host/grow", k.grow, 1)
-    for id, taken in samples.items():
-        run.bench.report(id, taken, "host/cat-k" if id == "host/copy-into-slice" else "")
+        measure("host/cat-k", cats, 20)
+        measure("host/copy-into-slice", copies_into_slices)
+        measure("host/append", appends)
+        measure("host/append/vtensor", appends_of_a_vtensor)
+        measure("host/append/stream-named", appends_on_a_stream)
+        measure("host/append-many/k-and-v", appends_of_k_and_v)
+        measure("host/grow", grows)
     run.close(k, v, row)
 
 
@@ -406,11 +432,16 @@ def markdown(run: Run) -> str:
             f"| layout {layout}, against torch.empty with the same strides | "
             f"{run.facts[f'attention ratio, {layout}']:.3f} | {us(f'attention/vtensor/{layout}')} |"
         )
-    lines += ["", "## Host time from Python", "", "| | µs, p50 | µs, p99 |", "|---|---|---|"]
-    for row in run.bench.rows:
-        if str(row["id"]).startswith("host/"):
-            p99 = float(str(row["p99_ns"])) / 1e3
-            lines.append(f"| {row['id'][5:]} | {us(str(row['id']))} | {p99:.2f} |")  # type: ignore[index]
+    lines += [
+        "",
+        "## Host time from Python, a call in a loop",
+        "",
+        "| | µs | bare launches from C between them, µs |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {id[5:]} | {us(id)} | {us(f'base/{id}')} |" for id in p50 if id.startswith("host/")
+    ]
     tokens = run.facts["tokens of that"]
     lines += [
         "",

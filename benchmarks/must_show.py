@@ -104,7 +104,7 @@ def point_1(run: Run) -> None:
     for id, what in (("host/append", "a torch row"), ("host/append/vtensor", "a VTensor's row")):
 
         def host(id: str = id) -> tuple[str, bool]:
-            bare, ours = (run.p50("gpu_append", python, row) for row in ("host/bare-launch", id))
+            bare, ours = (run.p50("gpu_append", python, row) for row in (f"base/{id}", id))
             return f"{format_ns(ours)}, bare {format_ns(bare)}", ours <= bare + 800
 
         run.show(
