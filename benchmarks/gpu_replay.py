@@ -7,7 +7,7 @@ is replayed 10 000 times through growth; the host maps ahead of a replay and fol
 In the end every byte is compared. Then a replay past what is mapped: advance() must raise, and no
 byte may have changed.
 
-    replay/ours    host time of t.map(), replay() and t.advance() for a step; the graph's tensors
+    replay/ours    host time of t.map(), replay() and advance_many() for a step; the graph's tensors
                    are kept by a pyvmm.GraphPins
     replay/ours/kept-by-graph  the same where the graph keeps them by a user object of CUDA's
     replay/bare    of replay() alone, of the same graph with a copy into one place for the append
@@ -103,16 +103,15 @@ class Growing:
         self.read = step, rows  # by the graph, which does not keep them
         self.graph = capture(run, pool, append, is_kept)
         self._blocks = self._block_count()
+        self.room = 0
 
     def replay(self) -> None:
-        k, v = self.k, self.v
-        end = k.length + 1
-        if end > k.mapped:
-            k.map(end)
-            v.map(end)
+        if self.room < 1:
+            end = self.k.length + 1
+            self.k.map(end)
+            self.v.map(end)
         self.graph.replay()
-        k.advance(1)
-        v.advance(1)
+        self.room = pyvmm.advance_many(self.tensors)
 
     def _block_count(self) -> int:
         return sum(t.stats()["block_count"] for t in self.tensors)

@@ -15,7 +15,7 @@ import os
 
 from pyvmm._append import append_many
 from pyvmm._concat import concat, concat_stats
-from pyvmm._cursor import Cursor
+from pyvmm._cursor import Cursor, advance_many
 from pyvmm._device import device_info, devices, library_version
 from pyvmm._error import CapacityError, OutOfMemoryError, VMMError
 from pyvmm._graph_pins import GraphPins
@@ -34,6 +34,7 @@ __all__ = [
     "VMMError",
     "VTensor",
     "View",
+    "advance_many",
     "append_many",
     "concat",
     "concat_stats",

@@ -14,6 +14,9 @@ cdef struct Link:
     bint stale
 
 
+cdef Py_ssize_t row_count(object n, str name) except -1
+
+
 cdef class TensorCore:
     cdef vmm_tensor *handle  # NULL once closed
     cdef Pool pool_

@@ -2,6 +2,7 @@
 """A tensor of the library's: its lifetime, who may call it and when, where its rows lie."""
 
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
 from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy
@@ -35,6 +36,7 @@ from pyvmm._libvmm cimport (
 from pyvmm._pool cimport Pool
 
 from pyvmm._dtypes import element_of, format_of
+from pyvmm._sizes import count
 
 
 cdef class TensorCore:
@@ -178,6 +180,17 @@ cdef class TensorCore:
             status = vmm_handoff(handle, stream)
         self.leave()
         return check(status)
+
+
+cdef Py_ssize_t row_count(object n, str name) except -1:
+    """A number of rows, 0 or more."""
+    cdef int overflow = 0
+    cdef long value
+    if PyLong_CheckExact(n):
+        value = PyLong_AsLongAndOverflow(n, &overflow)
+        if value >= 0 and not overflow:
+            return value
+    return count(n, name)
 
 
 cdef object no_copies(str what, str instead):

@@ -4,6 +4,7 @@ from pyvmm._libvmm cimport vmm_pin, vmm_stream
 
 
 cdef Cursor cursor_of(TensorCore tensor)
+cdef int advance_one(TensorCore tensor, Py_ssize_t n_rows) except -1
 
 
 cdef class Cursor:

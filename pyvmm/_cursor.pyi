@@ -1,4 +1,5 @@
-from typing import final
+from collections.abc import Sequence
+from typing import SupportsIndex, final
 
 from pyvmm._export import _Shared
 from pyvmm._tensor import VTensor
@@ -7,3 +8,5 @@ from pyvmm._tensor import VTensor
 class Cursor(_Shared):
     @property
     def base(self) -> VTensor: ...
+
+def advance_many(tensors: Sequence[VTensor], n: SupportsIndex = 1) -> int: ...

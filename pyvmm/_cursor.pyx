@@ -8,17 +8,20 @@ from cpython.buffer cimport PyBUF_WRITABLE, Py_buffer
 from libc.stdint cimport int32_t
 
 from pyvmm._buffer cimport fill_buffer, release_buffer
-from pyvmm._core cimport no_copies
+from pyvmm._core cimport no_copies, row_count
 from pyvmm._dlpack cimport make_capsule
 from pyvmm._error cimport check
 from pyvmm._export cimport consumer_of, dlpack_device
 from pyvmm._libvmm cimport (
     VMM_STREAM_LEGACY,
     VMM_STREAM_NONE,
+    vmm_advance,
     vmm_cursor,
     vmm_dtype,
     vmm_last_stream,
+    vmm_length,
     vmm_length_count,
+    vmm_mapped,
     vmm_pin,
     vmm_pin_cursor,
     vmm_status,
@@ -26,6 +29,9 @@ from pyvmm._libvmm cimport (
     vmm_unpin,
 )
 from pyvmm._stream cimport number_of
+
+cdef extern from *:
+    Py_ssize_t PY_SSIZE_T_MAX
 
 cdef object _INT32 = numpy.dtype("int32")
 
@@ -37,6 +43,46 @@ cdef Cursor cursor_of(TensorCore tensor):
     cursor.tensor = tensor
     cursor.region(VMM_STREAM_NONE, &region)
     return cursor
+
+
+cdef int advance_one(TensorCore tensor, Py_ssize_t n_rows) except -1:
+    """VTensor.advance()."""
+    tensor.live("advance")
+    if tensor.owner_of_all[0] != 0:
+        tensor.enter("advance")  # raises, or waits for another thread
+        tensor.leave()
+    check(vmm_advance(tensor.handle, n_rows))
+    return 0
+
+
+def advance_many(tensors, n=1):
+    """Follow a replayed graph that has appended n rows to each of these VTensors: their
+    VTensor.advance() in one call. Returns how many more rows fit behind what is in use, of the
+    tensor where the fewest do: t.mapped - t.length. As long as that is n or more, the graph may be
+    replayed without a look at any of them.
+
+    Raises what advance() does, for the first that cannot follow; those after it have followed if
+    they could."""
+    cdef Py_ssize_t n_rows, room, least = PY_SSIZE_T_MAX
+    cdef TensorCore tensor
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError("advance_many takes a list of tensors")
+    n_rows = row_count(n, "n")
+    refused = None
+    for x in tuple(tensors):
+        if not isinstance(x, TensorCore):
+            raise TypeError(f"advance_many takes VTensors, not {type(x).__name__}")
+        tensor = <TensorCore>x
+        try:
+            advance_one(tensor, n_rows)
+        except Exception as error:
+            refused = error if refused is None else refused
+            continue
+        room = <Py_ssize_t>(vmm_mapped(tensor.handle) - vmm_length(tensor.handle))
+        least = min(least, room)
+    if refused is not None:
+        raise refused
+    return least if least != PY_SSIZE_T_MAX else 0
 
 
 @cython.final

@@ -27,4 +27,7 @@ def is_capturing() -> bool:
     """Whether torch, where it is loaded, is capturing a graph on this thread. Its streams do not
     block the default stream, so the library cannot find out by itself."""
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    return cuda is not None and bool(cuda.is_current_stream_capturing())
+    # A torch without CUDA has the question, and no answer.
+    if cuda is None or not cuda.is_initialized():
+        return False
+    return bool(cuda.is_current_stream_capturing())

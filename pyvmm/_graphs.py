@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from pyvmm._cursor import advance_many
 from pyvmm._error import CapacityError, OutOfMemoryError
 from pyvmm._graph_pins import GraphPins
 from pyvmm._pool import Pool
@@ -108,7 +109,11 @@ class CudaGraph:
 
     def follow(self, tensors: Iterable[VTensor], n_rows: Iterable[int]) -> None:
         """The host's lengths, after a replay that appended so many rows to each."""
-        for tensor, n in zip(tensors, n_rows, strict=True):
+        counts = tuple(n_rows)
+        if counts.count(counts[0]) == len(counts):
+            advance_many(tuple(tensors), counts[0])
+            return
+        for tensor, n in zip(tensors, counts, strict=True):
             tensor.advance(n)
 
 

@@ -5,14 +5,13 @@ from operator import index
 
 cimport cython
 from cpython.buffer cimport Py_buffer
-from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_CheckExact
 from cpython.slice cimport PySlice_AdjustIndices, PySlice_Check, PySlice_Unpack
 from libc.stdint cimport int64_t
 
 from pyvmm._append cimport append_one, append_to_lanes
 from pyvmm._buffer cimport release_buffer
-from pyvmm._core cimport TensorCore, no_copies
-from pyvmm._cursor cimport cursor_of
+from pyvmm._core cimport TensorCore, no_copies, row_count
+from pyvmm._cursor cimport advance_one, cursor_of
 from pyvmm._device cimport canonical_name
 from pyvmm._dlpack cimport DL_CPU
 from pyvmm._error cimport check, check_after_callbacks, raise_status
@@ -26,7 +25,6 @@ from pyvmm._libvmm cimport (
     VMM_MAX_NDIM,
     VMM_OK,
     VMM_STREAM_NONE,
-    vmm_advance,
     vmm_close,
     vmm_dtype,
     vmm_fork,
@@ -64,17 +62,6 @@ cdef dict _LAYOUTS = {
     "lane": <int>VMM_LAYOUT_LANE,
     "c": <int>VMM_LAYOUT_C,
 }
-
-
-cdef Py_ssize_t _rows(object n, str name) except -1:
-    """A number of rows, 0 or more."""
-    cdef int overflow = 0
-    cdef long value
-    if PyLong_CheckExact(n):
-        value = PyLong_AsLongAndOverflow(n, &overflow)
-        if value >= 0 and not overflow:
-            return value
-    return count(n, name)
 
 
 # ---- making tensors ---------------------------------------------------------------
@@ -391,7 +378,7 @@ cdef class VTensor(TensorCore):
         Within mapped rows it costs nothing.
         Raises ValueError (negative; lanes of different lengths), CapacityError,
         OutOfMemoryError, VMMError; then the tensor is as before."""
-        cdef Py_ssize_t n_rows = _rows(n, "n")
+        cdef Py_ssize_t n_rows = row_count(n, "n")
         cdef vmm_tensor *handle = self.handle
         cdef Py_ssize_t start
         cdef vmm_status status
@@ -423,12 +410,7 @@ cdef class VTensor(TensorCore):
         Raises ValueError (negative, no graph that appends has been captured), CapacityError when
         the replay cannot have appended, since it came to the end of what was mapped (nothing was
         written: map(), and replay again); then the tensor is as before."""
-        cdef Py_ssize_t n_rows = _rows(n, "n")
-        self.live("advance")
-        if self.owner_of_all[0] != 0:
-            self.enter("advance")  # raises, or waits for another thread
-            self.leave()
-        check(vmm_advance(self.handle, n_rows))
+        advance_one(self, row_count(n, "n"))
 
     @property
     def cursor(self):
@@ -443,7 +425,7 @@ cdef class VTensor(TensorCore):
 
         Raises ValueError (negative), CapacityError, OutOfMemoryError, VMMError; then the
         tensor is as before."""
-        cdef Py_ssize_t n_rows = _rows(n, "n")
+        cdef Py_ssize_t n_rows = row_count(n, "n")
         cdef vmm_status status
         cdef vmm_tensor *handle = self.enter("map")
         with nogil:
@@ -471,7 +453,7 @@ cdef class VTensor(TensorCore):
         if lanes is not None:
             truncate_lanes(self, n, stream, lanes)
             return
-        n_rows = _rows(n, "n")
+        n_rows = row_count(n, "n")
         if stream is not None:
             stream_of(stream, &reader)
         handle = self.enter("truncate")
@@ -498,7 +480,7 @@ cdef class VTensor(TensorCore):
         own. It has the same capacity, layout and pool.
 
         Raises ValueError (more than the length, negative), OutOfMemoryError, VMMError."""
-        cdef Py_ssize_t n_rows = 0 if n is None else _rows(n, "n")
+        cdef Py_ssize_t n_rows = 0 if n is None else row_count(n, "n")
         cdef vmm_tensor *copy
         cdef vmm_status status
         cdef VTensor tensor = VTensor.__new__(VTensor)

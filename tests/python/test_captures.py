@@ -168,7 +168,7 @@ def test_abandoned_pool_takes_no_fence_in_a_capture(cuda, streams, arrays):
 
 def test_tensor_opened_in_a_capture_of_torch(cuda, streams, monkeypatch):
     """Nobody brackets it, and one of its geometry could be taken over behind a fence."""
-    says = SimpleNamespace(is_current_stream_capturing=lambda: True)
+    says = SimpleNamespace(is_initialized=lambda: True, is_current_stream_capturing=lambda: True)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=says))
     with pyvmm.Pool(cuda) as pool:
         old = block_of(cuda, pool)
@@ -181,6 +181,15 @@ def test_tensor_opened_in_a_capture_of_torch(cuda, streams, monkeypatch):
         says.is_current_stream_capturing = lambda: False
         t.close()
         pool.trim(wait=True)
+
+
+def test_torch_without_cuda_is_not_asked_for_captures(cuda, monkeypatch):
+    def refuse():
+        raise RuntimeError("Tried to instantiate dummy base class")
+
+    says = SimpleNamespace(is_initialized=lambda: False, is_current_stream_capturing=refuse)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=says))
+    pyvmm.empty((0, 4), axis=0, capacity=10, device=cuda).close()
 
 
 def test_callback_that_closes_tensors_in_a_capture(cuda, streams, arrays):

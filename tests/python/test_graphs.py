@@ -194,6 +194,53 @@ def test_overflow_and_a_forgotten_advance(cuda, streams, arrays):
     close_after_graphs(t)
 
 
+def test_advance_many_follows_all_that_can(cuda, streams, arrays):
+    a = streams[0]
+    width = pyvmm.device_info(cuda)["granularity_bytes"] // 4
+    ts = [
+        pyvmm.empty((0, width), "uint8", axis=0, capacity=40, device=cuda, block_size=4 * width)
+        for _ in range(3)
+    ]
+    new = [arrays(InterfaceArray, np.full((1, width), i, "uint8"), a) for i in range(3)]
+    with Capture(a) as graph:
+        pyvmm.append_many(ts, new)
+    for t in ts:
+        t.map(4)
+    graph.launch(a)
+    assert pyvmm.advance_many(ts) == min(t.mapped for t in ts) - 1
+    for t in ts:
+        t.map(t.mapped - t.length + 4)
+    graph.launch(a)
+    graph.launch(a)
+    assert pyvmm.advance_many(tuple(ts), np.int64(2)) == min(t.mapped for t in ts) - 3
+
+    ts[1].trim()
+    for _ in range(ts[1].mapped - 3):
+        graph.launch(a)
+        pyvmm.advance_many(ts)
+    length = ts[1].length
+    assert length == ts[1].mapped
+    for t in (ts[0], ts[2]):
+        t.map(length + 1)
+    graph.launch(a)
+    a.synchronize()
+    with pytest.raises(pyvmm.CapacityError, match="overflow"):
+        pyvmm.advance_many(ts)
+    assert [t.length for t in ts] == [length + 1, length, length + 1]
+    for i, t in enumerate(ts):
+        assert same(to_numpy(t), np.full((t.length, width), i, "uint8"))
+    assert pyvmm.advance_many([]) == 0
+    with pytest.raises(ValueError):
+        pyvmm.advance_many(ts, -1)
+    with pytest.raises(TypeError, match="VTensors"):
+        pyvmm.advance_many([3])
+    with pytest.raises(TypeError, match="list"):
+        pyvmm.advance_many(ts[0])
+    graph.close()
+    for t in ts:
+        close_after_graphs(t)
+
+
 class Owner:
     """Something that weak references can refer to, as frameworks' graphs are."""
 
