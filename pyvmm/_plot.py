@@ -210,6 +210,7 @@ def draw_steps(result: Result, path: Path) -> bool:
     kinds = [k[5:] for k in dict.fromkeys(k for row in steps for k in row) if k.startswith("wall/")]
     picture = _Picture(title(result, "A decode step, medians"), "ms, wall clock", "")
     picture.figure.set_size_inches(8, 1.5 + 0.16 * len(steps) * (len(kinds) + 1))
+    picture.axes.title.set_fontsize("small")  # beside long names
     axes, width = picture.axes, 1 / (len(kinds) + 1)
     for i, kind in enumerate(kinds):
         bars = [
