@@ -184,14 +184,6 @@ DEFECTS = [
         C.format("test_lookahead"),
     ),
     Defect(
-        "ahead-forget",
-        "look-ahead maps behind a tensor that has been closed meanwhile",
-        "libvmm/src/pool.c",
-        replaces("    lookahead_forget_locked(pool, entry);\n", ""),
-        C.format("test_lookahead_many"),
-        on="host",
-    ),
-    Defect(
         "not-ready",
         "an access call that is not ready is not tried again",
         "libvmm/src/driver_gpu.h",
