@@ -48,7 +48,7 @@ vmm_status vmm_pool_alloc(vmm_pool *pool, size_t bytes, vmm_stream stream, void 
     /* Out-of-memory callbacks have no part in it: whoever asks for memory here holds locks of its
      * own that they might want. */
     range_change change;
-    status = range_map(&change, range, bytes, NULL, stream);
+    status = range_map(&change, range, bytes, false, NULL, stream);
     if (!status)
         range_commit(&change);
     if (!status && !remember(range))

@@ -362,37 +362,29 @@ static vmm_status copy_rows(size_t n_tensors, vmm_tensor *const *tensors, const 
 static vmm_status map_and_copy(size_t n_tensors, vmm_tensor *const *tensors,
                                const vmm_array *sources, const lane_list *list, vmm_stream stream,
                                outcome *outcome) {
-    range_change one, *changes = &one;
+    tensor_growth one, *growths = &one;
     if (n_tensors > 1) {
-        changes = malloc(n_tensors * sizeof *changes);
-        if (!changes)
+        growths = malloc(n_tensors * sizeof *growths);
+        if (!growths)
             return vmm_fail(VMM_ERR_OUT_OF_MEMORY, operation, "no host memory left");
     }
-    vmm_status status = VMM_OK;
-    size_t n_mapped = 0;
-    for (size_t i = 0; i < n_tensors; i++)
+    for (size_t i = 0; i < n_tensors; i++) {
+        size_t needed = rows_needed(tensors[i], &sources[i], list);
+        growths[i] = (tensor_growth){.tensor = tensors[i], .n_rows = needed};
         tensors[i]->busy = true;
-    for (; n_mapped < n_tensors && !status; n_mapped++) {
-        vmm_tensor *tensor = tensors[n_mapped];
-        size_t needed = rows_needed(tensor, &sources[n_mapped], list);
-        changes[n_mapped] = (range_change){0};
-        if (needed > tensor->mapped)
-            status = tensor_map(tensor, needed, stream, &changes[n_mapped]);
     }
-    if (status)
-        n_mapped--; /* tensor_map() has undone its own */
-    else
+    vmm_status status = tensor_map(n_tensors, growths, stream);
+    if (!status) {
         status = copy_rows(n_tensors, tensors, sources, list, stream, outcome);
-    while (n_mapped-- > 0) {
         if (!status)
-            range_commit(&changes[n_mapped]);
+            tensor_keep(n_tensors, growths);
         else
-            tensor_unmap(tensors[n_mapped], &changes[n_mapped], outcome->submitted);
+            tensor_unmap(n_tensors, growths, outcome->submitted);
     }
     for (size_t i = 0; i < n_tensors; i++)
         tensors[i]->busy = false;
-    if (changes != &one)
-        free(changes);
+    if (growths != &one)
+        free(growths);
     return status;
 }
 

@@ -261,11 +261,26 @@ static bool give_up_idle(pool_work *work, size_t bytes, vmm_status *reclaimed, v
     return work->unmapped_bytes > before;
 }
 
-vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes, bool wait,
-                           pool_block **out) {
+static size_t in_use_bytes(vmm_pool *pool) {
+    pthread_mutex_lock(&pool->lock);
+    size_t bytes = pool->bytes[POOL_IN_USE];
+    pthread_mutex_unlock(&pool->lock);
+    return bytes;
+}
+
+/* Is about as much in use as when a block was refused that could have been smaller? */
+static bool is_scarce(vmm_pool *pool) {
+    size_t then = pool->scarce_bytes, now = then ? in_use_bytes(pool) : 0;
+    return then && (now > then ? now - then : then - now) <= then / 8;
+}
+
+vmm_status pool_take_block(pool_work *work, size_t bytes, size_t fitting_bytes,
+                           size_t smallest_bytes, pool_block **out) {
     vmm_pool *pool = work->pool;
     vmm_status reclaimed = VMM_OK, status;
     vmm_error refusal;
+    if (is_scarce(pool))
+        bytes = fitting_bytes;
     *out = take_free(pool, bytes, POOL_IN_USE);
     if (!*out && pool_has_queue(pool)) {
         queue_tidy(work);
@@ -279,10 +294,12 @@ vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes,
         while (status == VMM_ERR_OUT_OF_MEMORY &&
                give_up_idle(work, bytes, waited ? &reclaimed : NULL, &refusal))
             status = take_or_create(work, bytes, out);
-        for (size_t size = bytes / 2; status == VMM_ERR_OUT_OF_MEMORY && size >= smallest_bytes;
-             size /= 2)
+        if (status == VMM_ERR_OUT_OF_MEMORY && bytes > smallest_bytes)
+            pool->scarce_bytes = in_use_bytes(pool);
+        for (size_t size = fitting_bytes < bytes ? fitting_bytes : bytes / 2;
+             status == VMM_ERR_OUT_OF_MEMORY && size >= smallest_bytes; size /= 2)
             status = take_or_create(work, size, out);
-        if (status != VMM_ERR_OUT_OF_MEMORY || !wait || waited || !pool_has_queue(pool))
+        if (status != VMM_ERR_OUT_OF_MEMORY || waited || !pool_has_queue(pool))
             break;
         vmm_error shortage = *vmm_last_error();
         reclaimed = queue_fence(work, true);

@@ -97,7 +97,8 @@ struct vmm_pool {
     int work_waiters; /* growths that want it, before which look-ahead stands back. Atomic */
     pool_block *free_blocks[POOL_SIZE_CLASSES]; /* under work: unmapped, last given back first */
     pool_block *parked_blocks; /* under work: unmapped, but the driver would not release them */
-    pool_event *fence;         /* under work: the pending fence, NULL if none */
+    size_t scarce_bytes; /* under work: were in use when one of "auto"'s blocks was refused; or 0 */
+    pool_event *fence;   /* under work: the pending fence, NULL if none */
 
     pthread_mutex_t lock;
     pool_entry *newest, *oldest; /* entries with something that is not in use */
@@ -154,10 +155,15 @@ vmm_status pool_check(const vmm_pool *pool, const char *operation);
 
 /* Take a block of `bytes` for mapping, counted as in use. When there is none: what tensors have
  * trimmed off and fences have released; a new one, for which what was mapped ahead and what is
- * kept for recycling are given up; smaller ones down to `smallest_bytes`, by halves; with `wait`
- * those behind pending fences. VMM_ERR_OUT_OF_MEMORY after all that. Under work. */
-vmm_status pool_take_block(pool_work *work, size_t bytes, size_t smallest_bytes, bool wait,
-                           pool_block **out);
+ * kept for recycling are given up; one of `fitting_bytes`, which is all that the caller lacks, and
+ * smaller ones down to `smallest_bytes`, by halves; the first again when pending fences have been
+ * waited for. VMM_ERR_OUT_OF_MEMORY after all that.
+ *
+ * Where "auto" has been refused a block, what is left may be little for all who grow: none gets
+ * more than the fitting size, until an eighth of what was in use then has been given up, or an
+ * eighth more could be had. Under work. */
+vmm_status pool_take_block(pool_work *work, size_t bytes, size_t fitting_bytes,
+                           size_t smallest_bytes, pool_block **out);
 
 /* A block for look-ahead, counted as ahead: one that is free, or a new one if there is room for
  * it. Nothing is given up for it. Under work. */

@@ -31,6 +31,15 @@ static size_t block_size_at(const range *range, size_t offset) {
     return size;
 }
 
+/* The same, but no more than `bytes` need in smallest blocks. Smaller than what the place allows is
+ * always right: the bound on slack holds. */
+static size_t fitting_size(const range *range, size_t offset, size_t bytes) {
+    size_t size = block_size_at(range, offset), smallest = smallest_block(range);
+    while (size > smallest && size > bytes && size - bytes >= smallest)
+        size /= 2;
+    return size;
+}
+
 static uintptr_t lane_base(const range *range, size_t lane) {
     return range->base + lane * range->lane_bytes;
 }
@@ -339,15 +348,20 @@ static vmm_status map_block(range *range, size_t lane_index, pool_block *block, 
     return VMM_OK;
 }
 
-/* Map one more block, in use. Under work. */
-static vmm_status map_next(range *range, size_t lane_index, pool_work *work) {
+/* Map one more block, in use, of the `bytes` that the lane still needs. Under work. */
+static vmm_status map_next(range_change *change, size_t lane_index, size_t bytes, pool_work *work) {
     pool_block *block;
+    range *range = change->range;
     range_lane *lane = &range->lanes[lane_index];
+    size_t fitting = fitting_size(range, lane->total_bytes, bytes);
+    size_t size = change->fit ? fitting : block_size_at(range, lane->total_bytes);
     vmm_status status = make_room(range, lane);
     if (!status)
-        status = pool_take_block(work, block_size_at(range, lane->total_bytes),
-                                 smallest_block(range), true, &block);
-    return status ? status : map_block(range, lane_index, block, POOL_IN_USE, work);
+        status = pool_take_block(work, size, fitting, smallest_block(range), &block);
+    if (status)
+        return status;
+    change->beyond |= block->bytes > fitting;
+    return map_block(range, lane_index, block, POOL_IN_USE, work);
 }
 
 /* Open a lane's blocks as far as `end`, the end of one. Under work. */
@@ -390,7 +404,7 @@ static vmm_status extend_lane(range_change *change, size_t lane_index, size_t by
         revive(range, lane);
     pthread_mutex_unlock(&pool->lock);
     while (!status && lane->live_bytes < bytes)
-        status = map_next(range, lane_index, work);
+        status = map_next(change, lane_index, bytes - lane->live_bytes, work);
     return status ? status : set_access(range, lane_index, lane->live_bytes, work);
 }
 
@@ -505,10 +519,10 @@ void range_undo(range_change *change, bool touched) {
     vmm_undo_end();
 }
 
-vmm_status range_map(range_change *change, range *range, size_t lane_bytes, uint64_t *tensor_calls,
-                     vmm_stream stream) {
+vmm_status range_map(range_change *change, range *range, size_t lane_bytes, bool fit,
+                     uint64_t *tensor_calls, vmm_stream stream) {
     bool done = false;
-    *change = (range_change){.range = range, .tensor_calls = tensor_calls};
+    *change = (range_change){.range = range, .fit = fit, .tensor_calls = tensor_calls};
     vmm_status status = revive_open(change, lane_bytes, &done);
     if (done)
         return VMM_OK;

@@ -66,16 +66,18 @@ typedef struct range_change {
     uint64_t *tensor_calls;
     range_mark *marks;
     size_t n_marks, room;
+    bool fit;    /* no block is larger than what is needed */
     bool mapped; /* not only spare blocks were taken */
+    bool beyond; /* a lane got more than it needs: with smaller blocks others could have it */
 } range_change;
 
 /* Back the first `lane_bytes` bytes of every lane, as far as they are not. Spare blocks are taken
  * without a driver call and without waiting for one; only what is then missing is mapped, at
- * the cost of waiting for pending fences before giving up. `stream` takes part, VMM_STREAM_NONE
- * for none. On failure everything is as before. Out-of-memory callbacks are not run. No lock
- * held. */
-vmm_status range_map(range_change *change, range *range, size_t lane_bytes, uint64_t *tensor_calls,
-                     vmm_stream stream);
+ * the cost of waiting for pending fences before giving up. Under "auto" with `fit` no more than is
+ * needed. `stream` takes part, VMM_STREAM_NONE for none. On failure everything is as before, but
+ * `beyond` is said. Out-of-memory callbacks are not run. No lock held. */
+vmm_status range_map(range_change *change, range *range, size_t lane_bytes, bool fit,
+                     uint64_t *tensor_calls, vmm_stream stream);
 
 /* End a change: keep it, or put everything back as it was. No lock held. `touched`: work on the
  * new blocks may have been submitted, so they wait for a fence like any others. */

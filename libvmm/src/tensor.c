@@ -201,22 +201,74 @@ void tensor_set_length(vmm_tensor *tensor, size_t n_rows) {
     __atomic_store_n(&tensor->length, n_rows, __ATOMIC_RELEASE);
 }
 
-vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, vmm_stream stream, range_change *change) {
-    vmm_pool *pool = tensor->pool;
-    size_t lane_bytes = n_rows * tensor->lane_row_bytes;
-    vmm_status status;
-    for (bool again = true;; again = false) {
-        status = range_map(change, tensor->range, lane_bytes, tensor->driver_calls, stream);
-        if (status != VMM_ERR_OUT_OF_MEMORY || !again)
-            break;
-        vmm_error shortage = *vmm_last_error();
-        bool freed = pool_run_callbacks(pool, range_missing_bytes(tensor->range, lane_bytes));
-        vmm_fail_again(&shortage);
-        if (!freed)
-            break;
+void tensor_keep(size_t n, tensor_growth *growths) {
+    while (n-- > 0)
+        range_commit(&growths[n].change);
+}
+
+void tensor_unmap(size_t n, tensor_growth *growths, bool touched) {
+    while (n-- > 0) {
+        if (growths[n].change.n_marks == 0)
+            continue;
+        range_undo(&growths[n].change, touched);
+        set_mapped(growths[n].tensor);
     }
-    if (!status)
-        set_mapped(tensor);
+}
+
+static size_t lane_bytes_of(const tensor_growth *growth) {
+    return growth->n_rows * growth->tensor->lane_row_bytes;
+}
+
+/* Once; `reached` is the first for which it failed, `beyond` as in range_change of any. */
+static vmm_status try_map(size_t n, tensor_growth *growths, bool fit, vmm_stream stream,
+                          size_t *reached, bool *beyond) {
+    vmm_status status = VMM_OK;
+    *reached = 0;
+    *beyond = false;
+    for (size_t i = 0; i < n && !status; i++) {
+        tensor_growth *growth = &growths[i];
+        vmm_tensor *tensor = growth->tensor;
+        growth->change = (range_change){0};
+        *reached = i;
+        if (growth->n_rows <= tensor->mapped)
+            continue;
+        status = range_map(&growth->change, tensor->range, lane_bytes_of(growth), fit,
+                           tensor->driver_calls, stream);
+        *beyond |= growth->change.beyond;
+        if (!status)
+            set_mapped(tensor);
+    }
+    if (status)
+        tensor_unmap(*reached, growths, false);
+    return status;
+}
+
+/* Do the callbacks of a pool free something? The error stays the one that there is. */
+static bool ask_callbacks(vmm_pool *pool, size_t n, const tensor_growth *growths) {
+    vmm_error shortage = *vmm_last_error();
+    size_t missing = 0;
+    for (size_t i = 0; i < n; i++)
+        if (growths[i].tensor->pool == pool)
+            missing += range_missing_bytes(growths[i].tensor->range, lane_bytes_of(&growths[i]));
+    bool freed = pool_run_callbacks(pool, missing);
+    vmm_fail_again(&shortage);
+    return freed;
+}
+
+vmm_status tensor_map(size_t n, tensor_growth *growths, vmm_stream stream) {
+    size_t reached, asked = 0; /* callbacks once for each that could not grow */
+    bool beyond;
+    vmm_status status = try_map(n, growths, false, stream, &reached, &beyond);
+    for (;;) {
+        if (status == VMM_ERR_OUT_OF_MEMORY && beyond)
+            status = try_map(n, growths, true, stream, &reached, &beyond);
+        if (status != VMM_ERR_OUT_OF_MEMORY || reached < asked ||
+            !ask_callbacks(growths[reached].tensor->pool, n, growths))
+            break;
+        asked = reached + 1;
+        status = try_map(n, growths, false, stream, &reached, &beyond);
+    }
+    const vmm_tensor *tensor = growths[reached].tensor;
     if (status == VMM_ERR_OUT_OF_MEMORY && tensor->n_lanes > 1 && tensor->length == 0) {
         vmm_size_text least;
         vmm_fail_note("; with %zu lanes of at least one block each this tensor needs %s for its "
@@ -224,13 +276,6 @@ vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, vmm_stream stream, rang
                       tensor->n_lanes, vmm_format_bytes(range_least_bytes(tensor->range), &least));
     }
     return status;
-}
-
-void tensor_unmap(vmm_tensor *tensor, range_change *change, bool touched) {
-    if (change->n_marks == 0)
-        return;
-    range_undo(change, touched);
-    set_mapped(tensor);
 }
 
 vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows) {
@@ -244,22 +289,22 @@ vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows) {
                         n_rows, tensor->spec.capacity);
     if (n_rows <= tensor->mapped)
         return cursor_show_mapped(tensor, tensor->mapped);
-    range_change change;
+    tensor_growth growth = {.tensor = tensor, .n_rows = n_rows};
     size_t before = tensor->mapped;
     tensor->busy = true;
     /* It may be called while appends are captured, which a fence must not meet. */
-    status = tensor_map(tensor, n_rows, order_write_stream(tensor), &change);
+    status = tensor_map(1, &growth, order_write_stream(tensor));
     if (!status) {
         status = cursor_show_mapped(tensor, tensor->mapped);
         if (!status) {
-            range_commit(&change);
+            tensor_keep(1, &growth);
         } else {
             /* It may have arrived all the same. If the driver does not take this, either, the
              * memory waits for a fence, and no replay is right any more. */
             vmm_undo_begin();
             cursor_show_mapped(tensor, before);
             vmm_undo_end();
-            tensor_unmap(tensor, &change, true);
+            tensor_unmap(1, &growth, true);
         }
     }
     tensor->busy = false;
@@ -289,23 +334,23 @@ static vmm_status grow_slowly(vmm_tensor *tensor, size_t n_rows) {
                         "the lanes have different lengths, %zu to %zu: append() to them, each at "
                         "its own, or truncate() until all are the same",
                         lanes_least(tensor), tensor->length);
-    range_change change = {0};
+    tensor_growth growth = {.tensor = tensor, .n_rows = tensor->length + n_rows};
     vmm_stream stream = order_write_stream(tensor);
     bool submitted = false;
     vmm_status status = tensor->cursor ? order_before_write(tensor, stream) : VMM_OK;
     if (!status)
         status = cursor_check(1, &tensor, stream, "grow");
     tensor->busy = true;
-    if (!status && n_rows > tensor->mapped - tensor->length)
-        status = tensor_map(tensor, tensor->length + n_rows, stream, &change);
+    if (!status)
+        status = tensor_map(1, &growth, stream);
     if (!status && tensor->spec.zero)
         status = fill_zero(tensor, n_rows, &submitted);
     if (!status)
         status = cursor_grow(tensor, n_rows, stream);
     if (!status)
-        range_commit(&change);
+        tensor_keep(1, &growth);
     else
-        tensor_unmap(tensor, &change, submitted);
+        tensor_unmap(1, &growth, submitted);
     tensor->busy = false;
     cursor_show_growth(tensor);
     return status;

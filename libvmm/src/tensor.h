@@ -72,12 +72,20 @@ struct vmm_tensor {
 /* May this call change the tensor: it exists, here, and no growth of it is under way. */
 vmm_status tensor_check(const vmm_tensor *tensor, const char *operation);
 
-/* Rows [0, n_rows) become mapped, in a change that is kept or undone by the caller. The
- * whole sequence of the pool's ways out of a shortage is in here, callbacks too: the caller
- * has marked the tensor busy. `stream` takes part, VMM_STREAM_NONE for none. */
-vmm_status tensor_map(vmm_tensor *tensor, size_t n_rows, vmm_stream stream, range_change *change);
-/* Undo that change; `touched` as in range_undo(). */
-void tensor_unmap(vmm_tensor *tensor, range_change *change, bool touched);
+/* Rows [0, n_rows) of a tensor become mapped, in a change that is kept or undone. */
+typedef struct tensor_growth {
+    vmm_tensor *tensor;
+    size_t n_rows;
+    range_change change;
+} tensor_growth;
+
+/* Map what is missing, of all or of none; the caller keeps it or undoes it. The whole sequence of
+ * the pool's ways out of a shortage is in here, callbacks too: the caller has marked the tensors
+ * busy. `stream` takes part, VMM_STREAM_NONE for none. */
+vmm_status tensor_map(size_t n, tensor_growth *growths, vmm_stream stream);
+/* Keep it; undo it, `touched` as in range_undo(). */
+void tensor_keep(size_t n, tensor_growth *growths);
+void tensor_unmap(size_t n, tensor_growth *growths, bool touched);
 
 void tensor_set_length(vmm_tensor *tensor, size_t n_rows);
 vmm_status tensor_fail_capacity(const vmm_tensor *tensor, const char *operation, size_t n_rows);

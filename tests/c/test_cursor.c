@@ -469,8 +469,9 @@ static void test_is_capturing(void) {
     void *graph = NULL;
 
     CHECK_STATUS(vmm_stream_is_capturing(NULL, stream, &capturing), VMM_ERR_INVALID);
+    CHECK(capturing == 0);
     CHECK_STATUS(vmm_stream_is_capturing(f.device, stream, NULL), VMM_ERR_INVALID);
-    CHECK(capturing == 7);
+    capturing = 7;
     CHECK_OK(vmm_stream_is_capturing(f.device, NULL, &capturing));
     CHECK(capturing == 0);
     capturing = 7;
@@ -506,14 +507,20 @@ static void test_broken_capture(void) {
     static const int64_t shape[] = {0, 64};
     vmm_tensor *t = reserve(2, shape, 0, VMM_LAYOUT_SEQ);
     void *graph = NULL;
+    vmm_graph_pins *pins, *late;
     source s;
 
     append(t, 2, 1);
     source_open(&s, t, 1, 2);
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
+    CHECK_OK(vmm_graph_pins_open(f.device, stream, &pins));
     break_capture();
     CHECK_STATUS(vmm_append(t, &s.array, stream), VMM_ERR_CAPTURING);
+    late = pins;
+    CHECK_STATUS(vmm_graph_pins_open(f.device, stream, &late), VMM_ERR_CAPTURING);
+    CHECK(!late);
     CHECK(cuda()->end_capture(stream, &graph) != 0);
+    vmm_graph_pins_close(pins);
     CHECK_SIZE(vmm_pin_count(t), 0);
     CHECK_SIZE(vmm_length(t), 2);
     CHECK_OK(vmm_append(t, &s.array, stream));

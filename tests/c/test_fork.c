@@ -13,7 +13,24 @@ static int on_oom(void *user, size_t needed_bytes) {
     return 0;
 }
 
-static int be_the_child(fixture *f, model *m, vmm_pin *pin, vmm_event *before) {
+/* Of a capture that nothing has been appended in; NULL on the host, which has none. */
+static vmm_graph_pins *open_graph_pins(const fixture *f) {
+    vmm_graph_pins *pins = NULL;
+    void *stream, *graph;
+
+    if (!f->is_gpu)
+        return NULL;
+    CHECK_CUDA(cuda()->stream_create(&stream, CUDA_STREAM_NON_BLOCKING));
+    CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
+    CHECK_OK(vmm_graph_pins_open(f->device, stream, &pins));
+    CHECK_CUDA(cuda()->end_capture(stream, &graph));
+    CHECK_CUDA(cuda()->graph_destroy(graph));
+    CHECK_CUDA(cuda()->stream_destroy(stream));
+    return pins;
+}
+
+static int be_the_child(fixture *f, model *m, vmm_pin *pin, vmm_event *before,
+                        vmm_graph_pins *graph_pins) {
     int64_t row_shape[] = {1, 4096};
     uint8_t row[4096] = {0};
     vmm_array source = {.data = row, .dtype = VMM_UINT8, .ndim = 2, .shape = row_shape};
@@ -26,6 +43,7 @@ static int be_the_child(fixture *f, model *m, vmm_pin *pin, vmm_event *before) {
     vmm_pin *other = NULL;
     vmm_tensor_stats stats;
     vmm_event *event = NULL;
+    vmm_graph_pins *others = graph_pins;
     int32_t *cursor = NULL;
     int done = -1;
     long seen = simulated_calls(f);
@@ -50,7 +68,8 @@ static int be_the_child(fixture *f, model *m, vmm_pin *pin, vmm_event *before) {
     CHECK_STATUS(vmm_append_lanes(1, &m->tensor, &source, 1, NULL, NULL, NULL), VMM_ERR_FORKED);
     CHECK_STATUS(vmm_truncate_lanes(m->tensor, 0, NULL, NULL, NULL), VMM_ERR_FORKED);
     CHECK_STATUS(vmm_stream_is_capturing(f->device, NULL, &done), VMM_ERR_FORKED);
-    CHECK(!cursor && done == 0);
+    CHECK_STATUS(vmm_graph_pins_open(f->device, NULL, &others), VMM_ERR_FORKED);
+    CHECK(!cursor && done == 0 && !others);
     done = -1;
     CHECK_STATUS(vmm_pool_on_oom(f->pool, on_oom, NULL), VMM_ERR_FORKED);
     CHECK_STATUS(vmm_pool_capture_begin(f->pool), VMM_ERR_FORKED);
@@ -60,6 +79,8 @@ static int be_the_child(fixture *f, model *m, vmm_pin *pin, vmm_event *before) {
     CHECK_STATUS(vmm_event_query(before, &done), VMM_ERR_FORKED);
     CHECK(!event && done == -1);
     vmm_event_close(before);
+    vmm_graph_pins_close(graph_pins);
+    vmm_graph_pins_close(graph_pins); /* they are the parent's: nothing has been freed */
     CHECK_SIZE(vmm_length(m->tensor), m->length); /* what needs no driver still answers */
     CHECK(strstr(vmm_last_error()->message, "parent"));
     if (f->is_gpu)
@@ -97,12 +118,14 @@ int main(int argc, char **argv) {
     model_append(&m, VMM_UINT8, 500, VMM_MEMORY_HOST, NULL);
     CHECK_OK(vmm_pin_rows(m.tensor, 500, &pin));
     CHECK_OK(vmm_event_record(f.device, NULL, &event));
+    vmm_graph_pins *graph_pins = open_graph_pins(&f);
     synchronize(&f);
 
     pid_t child = fork();
     CHECK(child >= 0);
     if (child == 0)
-        exit(be_the_child(&f, &m, pin, event)); /* by exit(), which writes down what was covered */
+        exit(be_the_child(&f, &m, pin, event,
+                          graph_pins)); /* by exit(), which writes down what was covered */
     CHECK(waitpid(child, &status, 0) == child);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 
@@ -112,6 +135,7 @@ int main(int argc, char **argv) {
     CHECK_SIZE(vmm_pin_count(m.tensor), 1);
     vmm_unpin(pin);
     vmm_event_close(event);
+    vmm_graph_pins_close(graph_pins);
     if (!f.is_gpu) { /* touching it there is a fault, not another's data */
         child = fork();
         if (child == 0) {

@@ -657,6 +657,65 @@ static void test_graph_pins(void) {
         device_free(&f, (void *)(uintptr_t)s.source[i].data);
 }
 
+/* What has been freed becomes others', who fill it. */
+static void reuse_freed(void) {
+    enum { CHUNKS = 64 };
+    void *chunks[CHUNKS];
+
+    for (size_t i = 0; i < CHUNKS; i++)
+        CHECK(chunks[i] = memset(malloc(8 * (i % 16 + 1)), 0x77, 8 * (i % 16 + 1)));
+    for (size_t i = 0; i < CHUNKS; i++)
+        free(chunks[i]);
+}
+
+/* Several keepers, closed in any order: those that are left get what is theirs, and no one asks
+ * one that is gone. */
+static void test_graph_pins_in_any_order(void) {
+    static const int order[][3] = {{0, 1, 2}, {1, 0, 2}, {2, 0, 1}, {1, 2, 0}};
+    const int64_t shape[] = {0, 64};
+    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
+    scene s = scene_open(3, &spec, 1);
+    vmm_tensor *t[3];
+    void *streams[3], *graph;
+    vmm_graph_pins *pins[3];
+
+    gather(&s, t);
+    for (int i = 0; i < 3; i++)
+        CHECK_CUDA(cuda()->stream_create(&streams[i], CUDA_STREAM_NON_BLOCKING));
+    for (size_t k = 0; k < LENGTH_OF(order); k++) {
+        for (int i = 0; i < 3; i++) {
+            CHECK_CUDA(cuda()->begin_capture(streams[i], CUDA_CAPTURE_GLOBAL));
+            CHECK_OK(vmm_graph_pins_open(f.device, streams[i], &pins[i]));
+        }
+        for (int closed = 0; closed < 3; closed++) {
+            int keeper = order[k][closed];
+            CHECK_OK(vmm_append(t[keeper], &s.source[keeper], streams[keeper]));
+            CHECK_SIZE(vmm_pin_count(t[keeper]), 1);
+            CHECK_CUDA(cuda()->end_capture(streams[keeper], &graph));
+            CHECK_CUDA(cuda()->graph_destroy(graph));
+            CHECK_SIZE(vmm_pin_count(t[keeper]), 1);
+            vmm_graph_pins_close(pins[keeper]);
+            CHECK_SIZE(vmm_pin_count(t[keeper]), 0);
+            reuse_freed();
+        }
+    }
+    for (int i = 0; i < 3; i++)
+        CHECK_SIZE(retains(&s.model[i]), 0);
+
+    /* Closed within its capture: what is appended from then on is the graph's to keep. */
+    CHECK_CUDA(cuda()->begin_capture(streams[0], CUDA_CAPTURE_GLOBAL));
+    CHECK_OK(vmm_graph_pins_open(f.device, streams[0], &pins[0]));
+    vmm_graph_pins_close(pins[0]);
+    reuse_freed();
+    CHECK_OK(vmm_append(t[0], s.source, streams[0]));
+    CHECK_SIZE(retains(&s.model[0]), 1);
+    CHECK_CUDA(cuda()->end_capture(streams[0], &graph));
+    CHECK_CUDA(cuda()->graph_destroy(graph));
+    for (int i = 0; i < 3; i++)
+        CHECK_CUDA(cuda()->stream_destroy(streams[i]));
+    scene_close(&s);
+}
+
 /* ---- rows --------------------------------------------------------------------------------- */
 
 /* What arrays showed that are gone is not pinned by a graph that lives. */
@@ -700,6 +759,7 @@ int main(int argc, char **argv) {
     test_refused_then_replayed();
     test_close();
     test_graph_pins();
+    test_graph_pins_in_any_order();
     test_pins_no_rows();
     CHECK_CUDA(cuda()->stream_destroy(stream));
     fixture_close(&f);

@@ -243,11 +243,68 @@ DEFECTS = [
     Defect(
         "graph-gone",
         "a graph that is gone still counts",
-        "libvmm/src/captured.c",
+        "libvmm/src/graph_pins.c",
         replaces(
             "    __atomic_sub_fetch(&held->tensor->cursor->graphs, 1, __ATOMIC_RELEASE);\n", ""
         ),
         C.format("test_graphs"),
+    ),
+    Defect(
+        "graph-pins-rows",
+        "a graph pins what arrays showed that are gone",
+        "libvmm/src/graph_pins.c",
+        replaces("vmm_pin_cursor(tensor, &held->pin)", "vmm_pin_rows(tensor, 0, &held->pin)"),
+        C.format("test_graphs"),
+    ),
+    Defect(
+        "no-keeper",
+        "a graph keeps its tensors itself, though someone has asked for them",
+        "libvmm/src/graph_pins.c",
+        replaces(
+            "        pins = pins->next;\n    if (pins) {", "        pins = NULL;\n    if (pins) {"
+        ),
+        C.format("test_graphs"),
+    ),
+    Defect(
+        "other-keeper",
+        "the tensors of a graph are given to who keeps those of another",
+        "libvmm/src/graph_pins.c",
+        replaces("    while (pins && pins->capture != capture)\n", "    while (false)\n"),
+        C.format("test_graphs"),
+    ),
+    Defect(
+        "keeper-drops",
+        "who was given a graph's tensors does not keep them",
+        "libvmm/src/graph_pins.c",
+        replaces(
+            "        held->next = pins->first;\n        pins->first = held;\n",
+            "        drop(held);\n",
+        ),
+        C.format("test_graphs"),
+    ),
+    Defect(
+        "keepers-before",
+        "whoever asks to keep a graph's tensors replaces those who have asked before",
+        "libvmm/src/graph_pins.c",
+        replaces("    pins->next = device->graph_pins;\n", ""),
+        C.format("test_graphs"),
+    ),
+    Defect(
+        "keeper-gone",
+        "who keeps a graph's tensors is still asked when it is gone",
+        "libvmm/src/graph_pins.c",
+        replaces("    *link = pins->next;\n", ""),
+        C.format("test_graphs"),
+    ),
+    Defect(
+        "stale-cursor",
+        "a cursor that could not be set is set anew over what a replay has appended since",
+        "libvmm/src/cursor.c",
+        replaces(
+            "if (!cursor || !cursor->may_differ)\n            continue;",
+            "if (!cursor || !cursor->may_differ || cursor->stale)\n            continue;",
+        ),
+        C.format("test_stale"),
     ),
     Defect(
         "overflow",
@@ -356,6 +413,17 @@ DEFECTS = [
         "libvmm/src/queue.c",
         replaces("capture = pool->device->captures;", "capture = 0;"),
         PY.format("test_pool.py::test_no_fence_between_capture_begin_and_end"),
+    ),
+    Defect(
+        "legacy-capture",
+        "a fence is taken while a blocking stream is captured, which breaks the capture",
+        "libvmm/src/driver_gpu_streams.h",
+        replaces(
+            "    status = CALL(GPU(StreamGetCaptureInfo), stream_of(VMM_STREAM_LEGACY), "
+            "&capture, NULL, NULL,\n                  NULL, NULL);\n",
+            "    (void)capture;\n",
+        ),
+        C.format("test_capture_fences"),
     ),
     Defect(
         "own-capture",
