@@ -18,13 +18,24 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from pyvmm._cursor import advance_many
-from pyvmm._error import CapacityError, OutOfMemoryError
+from pyvmm._error import CapacityError, OutOfMemoryError, VMMError
 from pyvmm._graph_pins import GraphPins
 from pyvmm._pool import Pool
 from pyvmm._tensor import VTensor
 
-# Kernels may read whole tiles past the length: what they find there is mapped, and finite.
+# Kernels may read whole tiles past the length: what they find there is mapped, and finite. This
+# bounds their keys.
 TILE = 256
+
+
+def _tile_of(tensor: VTensor) -> int:
+    """The tile over a tensor of shape (batch, n, heads, dim): flash attention's split kernels take
+    fewer keys the larger the dimension is."""
+    if tensor.ndim != 4:
+        return TILE
+    dim = tensor.shape[-1]
+    return TILE if dim <= 64 else 128 if dim <= 128 else 64
+
 
 # Held by a capture, and by work of captured steps that is none and no replay either: an append
 # to a tensor that a living graph appends to waits for the whole device, and while any stream of
@@ -189,6 +200,9 @@ class Recorded:
         self._lengths = [-1] * len(self.tensors)
         # Rows from which on nothing is known to be finite, for each tensor.
         self._clean = [0] * len(self.tensors)
+        self._tiles = [_tile_of(tensor) for tensor in self.tensors]
+        # Lengths at which no more is asked for than a replay needs: memory was short.
+        self._short = range(0)
         self.n_rows = [1] * len(self.tensors)
         # Replays before which at least one tensor was given memory.
         self.n_growths = 0
@@ -255,26 +269,58 @@ class Recorded:
             self._map_ahead()
 
     def _map_ahead(self) -> None:
-        has_grown = False
+        """The rows that the next replay may touch, and a tile more where there is memory for it."""
         for i, tensor in enumerate(self.tensors):
-            length, mapped = tensor.length, tensor.mapped
-            if length != self._lengths[i] or mapped < self._clean[i]:
-                self._clean[i] = length
-            n_rows = length + self.n_rows[i]
-            if n_rows > tensor.capacity:
-                tensor.map(n_rows)  # raises CapacityError
-            # Reaches one tile beyond the one that the rows end in, wherever in it they end: block
-            # by block, and not the blocks of a whole tile at once.
-            n_rows = min(n_rows + 2 * TILE, tensor.capacity)
-            if self._clean[i] < n_rows:
+            if tensor.length != self._lengths[i] or tensor.mapped < self._clean[i]:
+                self._clean[i] = tensor.length
+            if tensor.length + self.n_rows[i] > tensor.capacity:
+                tensor.map(tensor.length + self.n_rows[i])  # raises CapacityError
+        longest = max((tensor.length for tensor in self.tensors), default=0)
+        if longest not in self._short:
+            try:
+                # Wherever in a tile the rows end: block by block, and not the blocks of a whole
+                # tile at once.
+                self._map_clean([2 * tile for tile in self._tiles])
+                return
+            except OutOfMemoryError:
+                # Each try may ask callbacks, which empty caches: not at each step.
+                self._short = range(longest, longest + min(self._tiles))
+        # A tile begins where a sequence or a chunk of it does, so it may end anywhere.
+        least = [tile - 1 for tile in self._tiles]
+        try:
+            self._map_clean(least)
+        except OutOfMemoryError:
+            self._give_back()
+            self._map_clean(least)
+
+    def _map_clean(self, n_ahead: list[int]) -> None:
+        """So many rows more than those of a replay, mapped and finite."""
+        has_grown = False
+        try:
+            for i, tensor in enumerate(self.tensors):
+                n_rows = min(tensor.length + self.n_rows[i] + n_ahead[i], tensor.capacity)
+                if self._clean[i] >= n_rows:
+                    continue
+                mapped = tensor.mapped
                 with CAPTURE:  # new memory may have to be waited for
                     tensor.map(n_rows)
                 has_grown |= tensor.mapped > mapped
-                mapped = tensor.mapped
-                fresh = mapped - self._clean[i]
+                fresh = tensor.mapped - self._clean[i]
                 self._whole[i].narrow(tensor.axis, self._clean[i], fresh).zero_()
-                self._clean[i] = mapped
-        self.n_growths += has_grown
+                self._clean[i] = tensor.mapped
+        finally:
+            self.n_growths += has_grown
+
+    def _give_back(self) -> None:
+        """What some tensors have mapped ahead, others may need now."""
+        pools = {id(tensor.pool): tensor.pool for tensor in self.tensors}
+        # Elsewhere a capture may forbid it; then what is missing is said by whoever lacks it.
+        with CAPTURE, contextlib.suppress(VMMError):
+            for i, tensor in enumerate(self.tensors):
+                tensor.trim()
+                self._clean[i] = min(self._clean[i], tensor.mapped)
+            for pool in pools.values():
+                pool.trim(wait=True)  # a tensor's own next growth would take it as it is
 
     def _stream(self) -> int | None:
         if self._device.type == "cpu":

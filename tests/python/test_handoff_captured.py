@@ -1305,3 +1305,53 @@ def test_chunks_fill_the_gpu():
         of = case(batch=batch, heads=heads, kv_heads=kv_heads)
         assert _attention.chunks_for(_attention.Varlen, of, 132) == expected
     assert _attention.chunks_for(_attention.FlashAttn, case(kv_heads=32), 132) == 1
+
+
+# ---- memory ahead, where it is short ----------------------------------------------
+
+
+@pytest.mark.parametrize(("dim", "tile"), [(64, 256), (128, 128), (256, 64)])
+def test_tiles_by_head_dimension(dim, tile):
+    t = pyvmm.empty((1, 0, 1, dim), axis=1, capacity=4096, device="host")
+    assert _graphs._tile_of(t) == tile
+    x = torch.ones(1, 1, 1, dim)
+    _graphs.Recorded(lambda: t.append(x), [t], x.device, _graphs.EagerGraph)
+    assert 2 * tile < t.mapped < 2 * tile + 256
+
+
+def test_replays_to_the_end_of_a_budget():
+    """Tensors that grow side by side fill it, though none can have a tile more at the end."""
+    n_tensors, n_tiles = 4, 9
+    tile, dim = 128, 128
+    n_bytes = n_tensors * n_tiles * tile * dim * 8 * 4
+    asked = []
+    with pyvmm.Pool("host", max_bytes=n_bytes) as pool:
+        pool.on_oom(asked.append)
+        tensors = [
+            pyvmm.empty((1, 0, 8, dim), axis=1, capacity=1 << 16, device="host", pool=pool)
+            for _ in range(n_tensors)
+        ]
+        x = torch.ones(1, 1, 8, dim)
+
+        def run():
+            for t in tensors:
+                t.append(x)
+
+        recorded = _graphs.Recorded(run, tensors, x.device, _graphs.EagerGraph)
+        n_steps = 0
+        with pytest.raises(pyvmm.OutOfMemoryError):
+            while True:
+                recorded.replay()
+                n_steps += 1
+                end = n_steps + tile - 1
+                for i, t in enumerate(tensors):
+                    assert t.length == n_steps
+                    assert t.mapped >= end
+                    rest = recorded._whole[i][:, n_steps : recorded._clean[i]]
+                    assert not rest.any()
+        assert n_steps == n_tiles * tile - (tile - 1)
+        assert pool.stats()["in_use_bytes"] == n_bytes
+        assert len(asked) < 8
+        for t in tensors:
+            assert torch.equal(torch.from_dlpack(t), x.expand(1, n_steps, 8, dim))
+            t.close()
