@@ -200,7 +200,7 @@ typedef struct vmm_pool vmm_pool;
 
 /* For `block_bytes`: sizes that grow with the tensor, from the device's granularity
  * on, such that what a lane has mapped beyond its length stays within one eighth of it
- * plus one smallest block. */
+ * plus one smallest block. Where memory is short, no larger than the call needs. */
 #define VMM_BLOCK_AUTO SIZE_MAX
 
 /* vmm_pool_create() - a pool on a device.
@@ -657,9 +657,9 @@ VMM_API vmm_status vmm_graph_pins_open(vmm_device *device, vmm_stream stream, vm
  * NULL is ignored. Thread-safe. */
 VMM_API void vmm_graph_pins_close(vmm_graph_pins *pins);
 
-/* vmm_stream_is_capturing() - is it, in `out`: would an append on it be captured? 0 on the host
- * and for the default stream. Returns VMM_ERR_INVALID, VMM_ERR_CAPTURING (the capture has been
- * invalidated), VMM_ERR_DRIVER, VMM_ERR_FORKED. One driver call. */
+/* vmm_stream_is_capturing() - is it, in `out`: would an append on it be captured? 0 on the host,
+ * for the default stream, and after a failure. Returns VMM_ERR_INVALID, VMM_ERR_CAPTURING (the
+ * capture has been invalidated), VMM_ERR_DRIVER, VMM_ERR_FORKED. One driver call. */
 VMM_API vmm_status vmm_stream_is_capturing(vmm_device *device, vmm_stream stream, int *out);
 
 /* ---- 9. Pins: memory others are looking at -----------------------------------

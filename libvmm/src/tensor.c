@@ -260,8 +260,12 @@ vmm_status tensor_map(size_t n, tensor_growth *growths, vmm_stream stream) {
     bool beyond;
     vmm_status status = try_map(n, growths, false, stream, &reached, &beyond);
     for (;;) {
-        if (status == VMM_ERR_OUT_OF_MEMORY && beyond)
+        if (status == VMM_ERR_OUT_OF_MEMORY && beyond) {
+            vmm_error shortage = *vmm_last_error();
             status = try_map(n, growths, true, stream, &reached, &beyond);
+            if (status == VMM_ERR_OUT_OF_MEMORY)
+                vmm_fail_again(&shortage); /* the cause */
+        }
         if (status != VMM_ERR_OUT_OF_MEMORY || reached < asked ||
             !ask_callbacks(growths[reached].tensor->pool, n, growths))
             break;
