@@ -7,10 +7,10 @@ For a batch of one and for a left-padded batch of prompts of different lengths:
 
 text     generate() by greedy choice, captured and compiled, against DynamicCache: how many tokens
          are equal from the beginning on
-choices  DynamicCache's text is fed again token by token, and the logits of both are compared at
-         each step: where they choose another token, the gap in DynamicCache's logits between its
-         choice and ours must be no more than the largest difference that rounding has made
-         anywhere (a tie in bfloat16)
+choices  DynamicCache's text is given to a captured model token by token, and the logits of both
+         are compared at each step: where they choose another token, the gap in DynamicCache's
+         logits between its choice and ours must be no more than the largest difference that
+         rounding has made anywhere (a tie in bfloat16)
 
 Exits with 1 where a choice differs that was no tie, or a step was not captured.
 """
@@ -49,16 +49,19 @@ def padded(vocabulary: Vocabulary, prompts: tuple[str, ...], device: torch.devic
 
 
 def written(model: Any, ids: Any, mask: Any, n_new: int) -> Any:
+    """(text, logits) of greedy choices; logits: (steps, batch, vocabulary)."""
     cache = transformers.DynamicCache(config=model.config)
-    text = model.generate(
+    answer = model.generate(
         ids,
         attention_mask=mask,
         past_key_values=cache,
         do_sample=False,
         max_new_tokens=n_new,
         min_new_tokens=n_new,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
-    return text[:, ids.shape[1] :]
+    return answer.sequences[:, ids.shape[1] :], torch.stack(answer.logits)
 
 
 def logits_of(model: Any, ids: Any, mask: Any, n_prompt: int) -> Any:
@@ -81,17 +84,16 @@ def logits_of(model: Any, ids: Any, mask: Any, n_prompt: int) -> Any:
 
 def compare(model: Any, ids: Any, mask: Any, n_new: int, graphs: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"batch": len(ids), "prompt": ids.shape[1], "new": n_new}
-    text = written(model, ids, mask, n_new)
+    text, theirs = written(model, ids, mask, n_new)
     for kind in ("captured", "compiled"):
         with _captured.block(model, kind == "compiled", graphs) as block:
-            equal = (written(model, ids, mask, n_new) == text).cumprod(1).sum(1)
+            equal = (written(model, ids, mask, n_new)[0] == text).cumprod(1).sum(1)
         row[f"equal/{kind}"] = equal.tolist()
         row[f"replays/{kind}"] = block.n_replays
         row[f"reasons/{kind}"] = sorted(block.reasons)
     n_prompt = ids.shape[1]
     ids = torch.cat((ids, text), 1)
     mask = torch.cat((mask, torch.ones_like(text)), 1)
-    theirs = logits_of(model, ids, mask, n_prompt)
     with _captured.block(model, False, graphs):
         ours = logits_of(model, ids, mask, n_prompt)
     theirs, ours = theirs.float(), ours.float()
