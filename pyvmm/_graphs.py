@@ -121,7 +121,7 @@ class CudaGraph:
     def follow(self, tensors: Iterable[VTensor], n_rows: Iterable[int]) -> None:
         """The host's lengths, after a replay that appended so many rows to each."""
         counts = tuple(n_rows)
-        if counts.count(counts[0]) == len(counts):
+        if counts and counts.count(counts[0]) == len(counts):
             advance_many(tuple(tensors), counts[0])
             return
         for tensor, n in zip(tensors, counts, strict=True):

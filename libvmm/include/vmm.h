@@ -200,7 +200,9 @@ typedef struct vmm_pool vmm_pool;
 
 /* For `block_bytes`: sizes that grow with the tensor, from the device's granularity
  * on, such that what a lane has mapped beyond its length stays within one eighth of it
- * plus one smallest block. Where memory is short, no larger than the call needs. */
+ * plus one smallest block. Where a block of such a size cannot be had, and from then on while
+ * about as much is in use, growth takes no more than it needs in smallest blocks: all lanes,
+ * and all tensors of one call, can fill the budget or the device to the last of them. */
 #define VMM_BLOCK_AUTO SIZE_MAX
 
 /* vmm_pool_create() - a pool on a device.
@@ -242,8 +244,9 @@ VMM_API size_t vmm_pool_lookahead(const vmm_pool *pool);
  * free memory anywhere, close other tensors and trim the pool, but must not use the
  * tensor that is growing (its calls return VMM_ERR_BUSY). It returns non-zero if it
  * freed something; the pool then tries once more. `needed_bytes` is what the growth
- * still lacks over all lanes, in whole blocks. A NULL callback removes the entry of that
- * `user`. Several may be registered; they run in the order of registration.
+ * still lacks over all lanes, and all tensors of the call in this pool, in whole blocks. A
+ * NULL callback removes the entry of that `user`. Several may be registered; they run in the
+ * order of registration.
  * Returns VMM_ERR_INVALID (nothing to remove), VMM_ERR_OUT_OF_MEMORY. Thread-safe. */
 typedef int (*vmm_oom_callback)(void *user, size_t needed_bytes);
 VMM_API vmm_status vmm_pool_on_oom(vmm_pool *pool, vmm_oom_callback callback, void *user);

@@ -1354,4 +1354,3 @@ def test_replays_to_the_end_of_a_budget():
         assert len(asked) < 8
         for t in tensors:
             assert torch.equal(torch.from_dlpack(t), x.expand(1, n_steps, 8, dim))
-            t.close()
