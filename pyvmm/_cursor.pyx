@@ -69,9 +69,11 @@ def advance_many(tensors, n=1):
         raise TypeError("advance_many takes a list of tensors")
     n_rows = row_count(n, "n")
     refused = None
-    for x in tuple(tensors):
+    cdef tuple all_of_them = tuple(tensors)  # the caller's list may change meanwhile
+    for x in all_of_them:
         if not isinstance(x, TensorCore):
             raise TypeError(f"advance_many takes VTensors, not {type(x).__name__}")
+    for x in all_of_them:
         tensor = <TensorCore>x
         try:
             advance_one(tensor, n_rows)

@@ -41,18 +41,20 @@ cdef class GraphPins:
     Raises ValueError (the stream is not being captured, the host), TypeError (an owner that weak
     references cannot refer to), VMMError (the capture has been invalidated)."""
     cdef vmm_graph_pins *handle
+    cdef bint is_made
     cdef object __weakref__
 
     def __init__(self, stream, owner=None, *, device="cuda"):
         cdef vmm_stream captured = NULL
         cdef vmm_device *opened
         cdef vmm_status status
-        if self.handle != NULL:
+        if self.is_made:
             raise TypeError("a GraphPins is of one capture: make another")
         stream_of(stream, &captured)
         if owner is not None:
             weakref.ref(owner)  # raises, before anything is held
         opened = open_device(canonical_name(device))
+        self.is_made = True
         with nogil:
             status = vmm_graph_pins_open(opened, captured, &self.handle)
             vmm_device_close(opened)

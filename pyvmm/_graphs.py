@@ -120,12 +120,14 @@ class CudaGraph:
 
     def follow(self, tensors: Iterable[VTensor], n_rows: Iterable[int]) -> None:
         """The host's lengths, after a replay that appended so many rows to each."""
-        counts = tuple(n_rows)
-        if counts and counts.count(counts[0]) == len(counts):
-            advance_many(tuple(tensors), counts[0])
-            return
-        for tensor, n in zip(tensors, counts, strict=True):
-            tensor.advance(n)
+        counts, refused = tuple(n_rows), None
+        for n in sorted(set(counts) - {0}):
+            try:
+                advance_many([t for t, m in zip(tensors, counts, strict=True) if m == n], n)
+            except CapacityError as error:
+                refused = error
+        if refused is not None:
+            raise refused
 
 
 class EagerGraph:
@@ -200,6 +202,7 @@ class Recorded:
         self._lengths = [-1] * len(self.tensors)
         # Rows from which on nothing is known to be finite, for each tensor.
         self._clean = [0] * len(self.tensors)
+        self._trims = [0] * len(self.tensors)
         self._tiles = [_tile_of(tensor) for tensor in self.tensors]
         # Lengths at which no more is asked for than a replay needs: memory was short.
         self._short = range(0)
@@ -271,8 +274,12 @@ class Recorded:
     def _map_ahead(self) -> None:
         """The rows that the next replay may touch, and a tile more where there is memory for it."""
         for i, tensor in enumerate(self.tensors):
-            if tensor.length != self._lengths[i] or tensor.mapped < self._clean[i]:
-                self._clean[i] = tensor.length
+            if (
+                tensor.length != self._lengths[i]
+                or tensor.mapped < self._clean[i]
+                or tensor._trims != self._trims[i]
+            ):
+                self._clean[i], self._trims[i] = tensor.length, tensor._trims
             if tensor.length + self.n_rows[i] > tensor.capacity:
                 tensor.map(tensor.length + self.n_rows[i])  # raises CapacityError
         longest = max((tensor.length for tensor in self.tensors), default=0)
@@ -391,12 +398,13 @@ class CapturedStep:
         outputs: list[Any] = [None]
         with torch.inference_mode(False), torch.no_grad():
             held = tuple(x.detach().clone() for x in inputs)
-            self._turns.add(*(x for x in held if x.is_cuda))
 
             def run() -> None:
                 outputs[0] = self._fn(*held)
 
-            return Recorded(run, self._tensors, self._device, self._make_graph), held, outputs
+            recorded = Recorded(run, self._tensors, self._device, self._make_graph)
+            self._turns.add(*(x for x in held if x.is_cuda))
+            return recorded, held, outputs
 
 
 def tensors_of(cache: Any) -> Iterator[VTensor]:

@@ -649,9 +649,9 @@ VMM_API vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows);
 /* vmm_graph_pins_open() - be who keeps the tensors of a graph. Call it while `stream` is being
  * captured, before what appends: a tensor that is appended to later in this capture, from any
  * stream of it, is pinned until `out` is closed, and not by the graph.
- * Returns VMM_ERR_INVALID (NULL, or the stream is not being captured), VMM_ERR_CAPTURING (the
- * capture has been invalidated), VMM_ERR_DRIVER, VMM_ERR_OUT_OF_MEMORY, VMM_ERR_FORKED. One driver
- * call. Thread-safe. */
+ * Returns VMM_ERR_INVALID (NULL, a stream of another device, or one that is not being captured),
+ * VMM_ERR_CAPTURING (the capture has been invalidated), VMM_ERR_DRIVER, VMM_ERR_OUT_OF_MEMORY,
+ * VMM_ERR_FORKED. Two driver calls. Thread-safe. */
 typedef struct vmm_graph_pins vmm_graph_pins;
 VMM_API vmm_status vmm_graph_pins_open(vmm_device *device, vmm_stream stream, vmm_graph_pins **out);
 

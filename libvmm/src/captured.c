@@ -78,9 +78,10 @@ vmm_status append_captured(size_t n_tensors, vmm_tensor *const *tensors, const v
                               "setting the cursor has failed, and a capture cannot set it anew: "
                               "append() or truncate(%zu) before it",
                               tensors[i]->length);
-        if (!status)
-            status = pin_graph(tensors[i], stream, capture);
     }
+    for (size_t i = 0; i < n_tensors && !status; i++)
+        if (append_rows(tensors[i], &sources[i]) > 0)
+            status = pin_graph(tensors[i], stream, capture);
     for (size_t i = 0; i < n_tensors && !status; i++) {
         if (append_rows(tensors[i], &sources[i]) == 0)
             continue;

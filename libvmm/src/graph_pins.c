@@ -69,6 +69,8 @@ vmm_status vmm_graph_pins_open(vmm_device *device, vmm_stream stream, vmm_graph_
         return vmm_fail(VMM_ERR_INVALID, "graph_pins_open", "out is NULL");
     *out = NULL;
     vmm_status status = order_capture_on(device, stream, "graph_pins_open", &capture);
+    if (!status && capture)
+        status = device->ops->stream_check(device->state, stream);
     if (status)
         return status;
     if (!capture)

@@ -271,7 +271,9 @@ static size_t in_use_bytes(vmm_pool *pool) {
 /* Is about as much in use as when a block was refused that could have been smaller? */
 static bool is_scarce(vmm_pool *pool) {
     size_t then = pool->scarce_bytes, now = then ? in_use_bytes(pool) : 0;
-    return then && (now > then ? now - then : then - now) <= then / 8;
+    if ((now > then ? now - then : then - now) > then / 8)
+        pool->scarce_bytes = 0;
+    return pool->scarce_bytes != 0;
 }
 
 vmm_status pool_take_block(pool_work *work, size_t bytes, size_t fitting_bytes,
@@ -294,8 +296,6 @@ vmm_status pool_take_block(pool_work *work, size_t bytes, size_t fitting_bytes,
         while (status == VMM_ERR_OUT_OF_MEMORY &&
                give_up_idle(work, bytes, waited ? &reclaimed : NULL, &refusal))
             status = take_or_create(work, bytes, out);
-        if (status == VMM_ERR_OUT_OF_MEMORY && bytes > smallest_bytes)
-            pool->scarce_bytes = in_use_bytes(pool);
         for (size_t size = fitting_bytes < bytes ? fitting_bytes : bytes / 2;
              status == VMM_ERR_OUT_OF_MEMORY && size >= smallest_bytes; size /= 2)
             status = take_or_create(work, size, out);
@@ -306,6 +306,9 @@ vmm_status pool_take_block(pool_work *work, size_t bytes, size_t fitting_bytes,
         refusal = *vmm_last_error();
         vmm_fail_again(&shortage);
     }
+    bool less = status == VMM_ERR_OUT_OF_MEMORY || (!status && (*out)->bytes < bytes);
+    if (less && bytes > smallest_bytes)
+        pool->scarce_bytes = in_use_bytes(pool);
     if (status == VMM_ERR_OUT_OF_MEMORY && reclaimed && reclaimed != VMM_ERR_CAPTURING) {
         vmm_fail_again(&refusal); /* the cause: there was memory, and the driver kept it */
         status = reclaimed;

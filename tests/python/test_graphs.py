@@ -232,8 +232,10 @@ def test_advance_many_follows_all_that_can(cuda, streams, arrays):
     assert pyvmm.advance_many([]) == 0
     with pytest.raises(ValueError):
         pyvmm.advance_many(ts, -1)
+    lengths = [t.length for t in ts]
     with pytest.raises(TypeError, match="VTensors"):
-        pyvmm.advance_many([3])
+        pyvmm.advance_many([ts[0], 3])
+    assert [t.length for t in ts] == lengths
     with pytest.raises(TypeError, match="list"):
         pyvmm.advance_many(ts[0])
     graph.close()
@@ -299,6 +301,9 @@ def test_graph_pins_say_what_is_wrong(cuda, streams):
             pins.__init__(int(a), device=cuda)
         with pytest.raises(TypeError, match="copied"):
             copy.copy(pins)
+        pins.close()
+        with pytest.raises(TypeError, match="another"):
+            pins.__init__(int(a), device=cuda)
     graph.close()
 
 

@@ -1319,6 +1319,34 @@ def test_tiles_by_head_dimension(dim, tile):
     assert 2 * tile < t.mapped < 2 * tile + 256
 
 
+def test_graph_is_followed_by_those_that_it_appends_to():
+    """A tensor that was listed and is not appended to is left alone; all others follow, also
+    behind one that cannot."""
+    graph = object.__new__(_graphs.CudaGraph)
+    ts = [pyvmm.empty((0, 4), axis=0, capacity=8) for _ in range(2)]
+    graph.follow(ts, [0, 0])  # nothing was captured: advance(0) would say so
+    with pytest.raises(ValueError, match="captured"):
+        graph.follow(ts, [0, 1])
+    graph.follow([], [])
+
+
+def test_rows_that_came_back_from_trim_are_cleared_again():
+    t = pyvmm.empty((0, 8), axis=0, capacity=100_000)
+    x = torch.ones(1, 8)
+    recorded = _graphs.Recorded(lambda: t.append(x), [t], torch.device("cpu"), _graphs.EagerGraph)
+    for _ in range(5):
+        recorded.replay()
+    length = t.length
+    t.truncate(0)
+    t.trim()
+    t.append(torch.ones(length, 8))
+    t.map(recorded._clean[0])
+    recorded._whole[0][length : t.mapped] = torch.nan  # what recycled memory may hold
+    recorded.replay()
+    assert t.length == length + 1
+    assert torch.isfinite(recorded._whole[0][length : length + 1 + _graphs.TILE]).all()
+
+
 def test_replays_to_the_end_of_a_budget():
     """Tensors that grow side by side fill it, though none can have a tile more at the end."""
     n_tensors, n_tiles = 4, 9
