@@ -78,5 +78,9 @@ cdef inline bint is_on_gpu(DLDevice device) noexcept:
             or device.device_type == DL_CUDA_MANAGED)
 
 
+cdef inline bint is_same_device(DLDevice a, DLDevice b) noexcept:
+    return a.device_type == b.device_type and a.device_id == b.device_id
+
+
 cdef object make_capsule(const Region *region, vmm_pin *pin, bint versioned, bint read_only=*)
 cdef DLTensor *read_capsule(object capsule) except NULL

@@ -30,8 +30,10 @@ ctypedef struct Source:
     bint has_buffer
 
 
-# `target` is NULL for a look at x, wherever it lies and whatever it is of.
+# Is x read by its type's exchange table? Then read_source() holds nothing of it.
+cdef bint has_table(object x) except -1
 cdef int read_source(object x, const Target *target, vmm_stream stream, Source *out) except -1
+# `target` is NULL for a look at x, wherever it lies and whatever it is of.
 cdef int describe(Source *out, const Target *target, DLDevice device, vmm_dtype dtype, int ndim,
                   const int64_t *shape, const int64_t *strides, int64_t stride_unit) except -1
 cdef int check_shape(const Source *source, const Target *target) except -1

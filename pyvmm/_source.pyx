@@ -7,6 +7,7 @@ other buffers. Nothing here touches an element.
 """
 
 import sys
+from types import GetSetDescriptorType
 
 import numpy
 
@@ -18,7 +19,6 @@ from cpython.buffer cimport (
     PyObject_CheckBuffer,
     PyObject_GetBuffer,
 )
-from cpython.dict cimport PyDict_GetItem
 from cpython.long cimport PyLong_AsVoidPtr, PyLong_Check
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
@@ -36,6 +36,7 @@ from pyvmm._dlpack cimport (
     DLPackExchangeAPIHeader,
     DLTensor,
     is_on_gpu,
+    is_same_device,
     read_capsule,
 )
 from pyvmm._libvmm cimport (
@@ -65,9 +66,9 @@ cdef int read_source(object x, const Target *target, vmm_stream stream, Source *
     producer refuses). Then nothing is held; else close_source() is due."""
     cdef _Table table = _table_of(type(x))
     begin_source(out)
+    if table is not None:  # which holds nothing
+        return _read_by_table(x, table, target, out)
     try:
-        if table is not None:
-            return _read_by_table(x, table, target, out)
         if target.device.device_type != DL_CPU:
             interface = getattr(x, "__cuda_array_interface__", None)
             if interface is not None and _is_enough(x, interface):
@@ -188,7 +189,8 @@ cdef int describe(Source *out, const Target *target, DLDevice device, vmm_dtype 
     they may change x."""
     cdef int i
     if target != NULL:
-        _check_device(device, target)
+        if not is_same_device(device, target.device):
+            _check_device(device, target)
         _check_dtype(dtype, target)
     elif not is_on_gpu(device) and device.device_type not in (DL_CPU, DL_CUDA_HOST, DL_ROCM_HOST):
         raise TypeError(f"x is on {device_name(device)}")
@@ -206,14 +208,12 @@ cdef int describe(Source *out, const Target *target, DLDevice device, vmm_dtype 
     out.array.dtype = dtype
     out.array.ndim = ndim
     out.array.shape = out.shape
-    out.array.strides = NULL
+    out.array.strides = NULL if strides == NULL else out.strides
     for i in range(ndim):
         if shape[i] < 0:
             raise ValueError(f"x says that its dimension {i} has size {shape[i]}")
         out.shape[i] = shape[i]
-    if strides != NULL:
-        out.array.strides = out.strides
-        for i in range(ndim):
+        if strides != NULL:
             out.strides[i] = strides[i] * stride_unit
     return 0
 
@@ -232,24 +232,44 @@ cdef int check_shape(const Source *source, const Target *target) except -1:
 
 # ---- the exchange table of DLPack 1.3 ---------------------------------------------
 
+cdef extern from "Python.h":
+    ctypedef struct PyGetSetDef:
+        object (*get)(object, void *)
+        void *closure
+    ctypedef struct PyGetSetDescrObject:
+        PyGetSetDef *d_getset
+
+
 @cython.final
 cdef class _Table:
     """A type's exchange table, and what it does not tell and __dlpack__() would refuse."""
     cdef const DLPackExchangeAPI *api
     cdef bint of_torch
-    cdef bint of_paddle
+    # The attribute that tells of gradients, "" where there is none; what it says where an append
+    # would lose some; and how the type computes it, where it can be asked without a look-up.
+    cdef str gradients
+    cdef bint has_gradients
+    cdef const PyGetSetDef *computed
 
 
-# By type; None for a type without a table.
+# By type; None for a type without a table. Most appends are of the type of the one before.
 cdef dict _tables = {}
+cdef type _last_type = None
+cdef _Table _last_table = None
 
 
 cdef _Table _table_of(type kind):
-    cdef PyObject *known = PyDict_GetItem(_tables, kind)
-    if known == NULL:
-        _tables[kind] = found = _find_table(kind)
-        return found
-    return <_Table>known
+    global _last_type, _last_table
+    if kind is not _last_type:
+        if kind not in _tables:
+            _tables[kind] = _find_table(kind)
+        _last_table = _tables[kind]
+        _last_type = kind
+    return _last_table
+
+
+cdef bint has_table(object x) except -1:
+    return _table_of(type(x)) is not None
 
 
 cdef _Table _find_table(type kind):
@@ -269,15 +289,31 @@ cdef _Table _find_table(type kind):
     if table.api.dltensor_from_py_object_no_sync == NULL:
         return None
     table.of_torch = hasattr(kind, "requires_grad") and hasattr(kind, "is_neg")
-    table.of_paddle = hasattr(kind, "stop_gradient")
+    table.gradients = ""
+    if table.of_torch:
+        table.gradients, table.has_gradients = "requires_grad", True
+    elif hasattr(kind, "stop_gradient"):
+        table.gradients, table.has_gradients = "stop_gradient", False
+    if table.gradients and kind.__getattribute__ is object.__getattribute__:
+        descriptor = getattr(kind, table.gradients)
+        if type(descriptor) is GetSetDescriptorType:
+            table.computed = (<PyGetSetDescrObject *>descriptor).d_getset
     return table
+
+
+cdef bint _has_gradients(object x, _Table table) except -1:
+    if not table.gradients:
+        return False
+    if table.computed != NULL:
+        answer = table.computed.get(x, table.computed.closure)
+    else:
+        answer = getattr(x, table.gradients)
+    return bool(answer) == table.has_gradients
 
 
 cdef int _read_by_table(object x, _Table table, const Target *target, Source *out) except -1:
     cdef DLTensor tensor
-    if target == NULL:
-        pass
-    elif table.of_torch and x.requires_grad or table.of_paddle and not x.stop_gradient:
+    if target != NULL and _has_gradients(x, table):
         raise BufferError("x requires gradients, which an append does not record: x.detach() first")
     table.api.dltensor_from_py_object_no_sync(<void *>x, &tensor)
     _read_dltensor(&tensor, target, out)

@@ -269,6 +269,16 @@ class CapsuleArray(DeviceArray):
         return self.producer.__dlpack__(**arguments)
 
 
+class TableArray(DeviceArray, dlpack_struct.Tabled):
+    """Is read by the exchange table of its type; Tabled.current_stream is the producer's."""
+
+    def __init__(self, array):
+        DeviceArray.__init__(self, array)
+        dlpack_struct.Tabled.__init__(
+            self, self.pointer, self.shape, self.strides, self.dtype, (DLPACK_TYPE, 0)
+        )
+
+
 def _pieces(shape, strides, itemsize):
     """The dense pieces of a strided array: (index of the piece, byte offset, bytes). The
     index counts in an array whose dimensions are ordered by stride."""

@@ -41,6 +41,25 @@ class Versioned(ctypes.Structure):
     ]
 
 
+class ExchangeAPI(ctypes.Structure):
+    """The exchange table of DLPack 1.3; its functions are called with the GIL held."""
+
+    Look = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(DLTensor))
+    CurrentStream = ctypes.PYFUNCTYPE(
+        ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p)
+    )
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("prev_api", ctypes.c_void_p),
+        ("managed_tensor_allocator", ctypes.c_void_p),
+        ("managed_tensor_from_py_object_no_sync", ctypes.c_void_p),
+        ("managed_tensor_to_py_object_no_sync", ctypes.c_void_p),
+        ("dltensor_from_py_object_no_sync", Look),
+        ("current_work_stream", CurrentStream),
+    ]
+
+
 _api = ctypes.pythonapi
 _api.PyCapsule_GetName.restype = ctypes.c_char_p
 _api.PyCapsule_GetName.argtypes = [ctypes.py_object]
@@ -139,3 +158,38 @@ class Producer:
         managed.deleter = self._deleter
         self._alive[address] = managed, shape, strides, self
         return _api.PyCapsule_New(address, NAMES[type(managed)], _destroy_capsule)
+
+
+class Tabled:
+    """One array, read by the exchange table of its type as torch's are; `current_stream`, of the
+    class, is the stream that the table says the work of all of them is on."""
+
+    current_stream = 0
+
+    def __init__(self, pointer, shape, strides, dtype, device=(CPU, 0)):
+        self.dtype = np.dtype(dtype)
+        self._shape = (ctypes.c_int64 * len(shape))(*shape)
+        self._strides = (ctypes.c_int64 * len(shape))(*(n // self.dtype.itemsize for n in strides))
+        self.exported = DLTensor(
+            pointer, *device, len(shape), CODES[self.dtype.kind], 8 * self.dtype.itemsize, 1
+        )
+        self.exported.shape, self.exported.strides = self._shape, self._strides
+
+
+@ExchangeAPI.Look
+def _look_at(x, out):
+    out[0] = x.exported
+    return 0
+
+
+@ExchangeAPI.CurrentStream
+def _current_stream(device_type, device_id, out):
+    out[0] = Tabled.current_stream or None
+    return 0
+
+
+_TABLE_NAME = b"dlpack_exchange_api"  # a capsule keeps the pointer to it
+_table = ExchangeAPI(1, 3, None, None, None, None, _look_at, _current_stream)
+Tabled.__dlpack_c_exchange_api__ = _api.PyCapsule_New(
+    ctypes.addressof(_table), _TABLE_NAME, None
+)
