@@ -473,6 +473,51 @@ static vmm_status append(size_t n_tensors, vmm_tensor *const *tensors, const vmm
     return append_checked(n_tensors, tensors, sources, list, stream, true);
 }
 
+/* ---- one tensor, as at each step --------------------------------------------------------- */
+
+/* May a launch be all? Then rows come from the device's memory to the end of all lanes, behind the
+ * last write on its own stream, and no cursor moves with them. */
+static bool is_one_launch(const vmm_tensor *tensor, const vmm_array *source, vmm_stream stream) {
+    return tensor && source->memory == VMM_MEMORY_DEVICE && tensor->written &&
+           tensor->last_stream == stream && tensor->n_waits == 0 && !tensor->is_ragged &&
+           !tensor->cursor;
+}
+
+/* What append() does for many, in half the instructions: they are a tenth of what an append costs
+ * its caller. False where more is needed after all; then nothing has been done. */
+static bool append_by_one_launch(vmm_tensor *tensor, const vmm_array *source, vmm_stream stream,
+                                 vmm_status *status) {
+    vmm_device *device = tensor->pool->device;
+    int64_t strides[VMM_MAX_NDIM];
+    vmm_append_args args;
+    copy_plan plan;
+    bool captured = false;
+    *status = tensor_check(tensor, operation);
+    if (!*status)
+        *status = check_source(tensor, source, NULL);
+    if (*status)
+        return true;
+    size_t n_rows = append_rows(tensor, source);
+    if (n_rows == 0)
+        return true;
+    if (n_rows > tensor->mapped - tensor->length)
+        return false;
+    vmm_array array = append_with_strides(tensor, source, strides);
+    plan_append(&plan, tensor, &array);
+    if (copy_plan_is_wide(&plan))
+        return false;
+    copy_plan_to_job(&plan, &args.job[0]);
+    *status = device->ops->launch(device->state, &args, 1, stream, &captured);
+    if (captured)
+        return false;
+    pool_count(tensor->pool, tensor->driver_calls, VMM_CALL_launch);
+    if (!*status) {
+        order_after_write(tensor, stream);
+        tensor_set_length(tensor, tensor->length + n_rows);
+    }
+    return true;
+}
+
 vmm_status vmm_append_many(size_t n_tensors, vmm_tensor *const *tensors, const vmm_array *sources,
                            vmm_stream stream) {
     return append(n_tensors, tensors, sources, NULL, stream);
@@ -481,6 +526,10 @@ vmm_status vmm_append_many(size_t n_tensors, vmm_tensor *const *tensors, const v
 vmm_status vmm_append(vmm_tensor *tensor, const vmm_array *source, vmm_stream stream) {
     if (!source)
         return vmm_fail(VMM_ERR_INVALID, operation, "source is NULL");
+    vmm_status status;
+    if (is_one_launch(tensor, source, stream) &&
+        append_by_one_launch(tensor, source, stream, &status))
+        return status;
     return append(1, &tensor, source, NULL, stream);
 }
 
