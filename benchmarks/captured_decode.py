@@ -204,7 +204,12 @@ def architectures(wide: bool) -> dict[str, Any]:
         "initializer_range": 0.05,
     }
     if wide:
-        sizes |= {"num_attention_heads": 384, "num_key_value_heads": 192, "head_dim": 256}
+        sizes |= {
+            "hidden_size": 1152,
+            "num_attention_heads": 384,
+            "num_key_value_heads": 192,
+            "head_dim": 256,
+        }
     window = {"sliding_window": 128}
     return {
         "Llama, GQA": transformers.LlamaConfig(**sizes),
