@@ -174,10 +174,11 @@ vmm_status cursor_set(size_t n_tensors, vmm_tensor *const *tensors, vmm_stream s
     return status;
 }
 
-/* The cursor becomes what is next for it, as a write to the tensor. */
+/* The cursor becomes what is next for it, as a write to the tensor. One that has failed may have
+ * been submitted in part, unless it was refused for a capture. */
 static vmm_status write_cursor(vmm_tensor *tensor, vmm_stream stream, const char *operation) {
     vmm_status status = cursor_set(1, &tensor, stream, operation);
-    if (!status && on_device(tensor))
+    if (status != VMM_ERR_CAPTURING && on_device(tensor))
         order_after_write(tensor, stream);
     return status;
 }

@@ -40,6 +40,7 @@ static void capture(scene *s) {
 }
 
 static void scene_open(scene *s, const vmm_spec *spec) {
+    s->exec = NULL;
     s->m = model_open(&f, spec);
     s->row = (vmm_array){.data = device_alloc(&f, vmm_row_bytes(s->m.tensor)),
                          .memory = VMM_MEMORY_DEVICE,
@@ -185,7 +186,8 @@ static void check_in_part(scene *s, int32_t n_more) {
 }
 
 static void close_in_part(scene *s) {
-    CHECK_CUDA(cuda()->graph_exec_destroy(s->exec));
+    if (s->exec)
+        CHECK_CUDA(cuda()->graph_exec_destroy(s->exec));
     synchronize(&f);
     wait_for_unpinned(s->m.tensor);
     CHECK_OK(vmm_close(s->m.tensor));
@@ -239,6 +241,26 @@ static void test_captured_after_it(void) {
     close_in_part(&s);
 }
 
+/* A truncation on another stream has moved some lanes' cursor and failed: what sets it anew comes
+ * behind that, and so does who reads it. */
+static void test_order(void) {
+    scene s;
+    void *other;
+    size_t lengths[N_LANES];
+
+    CHECK_CUDA(cuda()->stream_create(&other, CUDA_STREAM_NON_BLOCKING));
+    open_in_part(&s);
+    append_to_lanes(&s, NULL, VMM_OK);
+    check_in_part(&s, 1);
+    for (size_t i = 0; i < N_LANES; i++)
+        lengths[i] = 1 + i % 2;
+    CHECK(fail("cuLaunchKernel", 2, LAUNCH_FAILED, 1) == 0);
+    CHECK_STATUS(vmm_truncate_lanes(s.m.tensor, N_LANES, NULL, lengths, other), VMM_ERR_DRIVER);
+    check_in_part(&s, 1);
+    close_in_part(&s);
+    CHECK_CUDA(cuda()->stream_destroy(other));
+}
+
 int main(int argc, char **argv) {
     f = fixture_open(argc, argv, 0, 0);
     if (!f.is_gpu)
@@ -252,6 +274,7 @@ int main(int argc, char **argv) {
     test_mended();
     test_in_part();
     test_captured_after_it();
+    test_order();
     CHECK_CUDA(cuda()->stream_destroy(stream));
     fixture_close(&f);
     return 0;
