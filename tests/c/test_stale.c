@@ -119,9 +119,12 @@ static void test_mended(void) {
 
     scene_open(&s, &plain);
     capture(&s);
+    CHECK(!vmm_advance_waits(s.m.tensor));
     fail_append(&s);
+    CHECK(vmm_advance_waits(s.m.tensor));
     replay(&s);
     advance(&s);
+    CHECK(!vmm_advance_waits(s.m.tensor));
     replay(&s);
     uint64_t calls = total_calls(s.m.tensor);
     advance(&s);
