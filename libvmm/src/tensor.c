@@ -274,8 +274,10 @@ static vmm_status try_fitting(size_t n, tensor_growth *growths, vmm_stream strea
 vmm_status tensor_map(size_t n, tensor_growth *growths, vmm_stream stream) {
     size_t reached, asked = 0; /* callbacks once for each that could not grow */
     bool beyond;
+    const vmm_tensor *tensor; /* of which the error is */
     vmm_status status = try_map(n, growths, false, stream, &reached, &beyond);
     for (;;) {
+        tensor = growths[reached].tensor;
         if (status == VMM_ERR_OUT_OF_MEMORY && beyond)
             status = try_fitting(n, growths, stream, &reached, &beyond);
         if (status != VMM_ERR_OUT_OF_MEMORY || reached < asked ||
@@ -284,7 +286,6 @@ vmm_status tensor_map(size_t n, tensor_growth *growths, vmm_stream stream) {
         asked = reached + 1;
         status = try_map(n, growths, false, stream, &reached, &beyond);
     }
-    const vmm_tensor *tensor = growths[reached].tensor;
     if (status == VMM_ERR_OUT_OF_MEMORY && tensor->n_lanes > 1 && tensor->length == 0) {
         vmm_size_text least;
         vmm_fail_note("; with %zu lanes of at least one block each this tensor needs %s for its "

@@ -173,6 +173,33 @@ static void test_own_spare(const fixture *f, size_t first) {
     CHECK_OK(vmm_pool_close(tight.pool));
 }
 
+/* The note on lanes is of the tensor that the error is of: the first that could not grow, though
+ * with smaller blocks another one is. */
+static void test_note(const fixture *f) {
+    static const size_t n_lanes[] = {1, 2, 4};
+    fixture tight = with_budget(f, 29);
+    int64_t shapes[3][3];
+    uint8_t *bytes = calloc(4, ROW_BYTES);
+    vmm_tensor *tensors[3];
+    vmm_array sources[3];
+    for (size_t i = 0; i < 3; i++) {
+        vmm_spec spec = make_spec(n_lanes[i], VMM_BLOCK_AUTO);
+        CHECK_OK(vmm_reserve(tight.pool, &spec, &tensors[i]));
+        memcpy(shapes[i], shape, sizeof shape);
+        shapes[i][1] = 1;
+        sources[i] =
+            (vmm_array){.data = bytes, .dtype = VMM_UINT8, .ndim = 3, .shape = shapes[i]};
+    }
+    CHECK_OK(vmm_grow(tensors[0], 24 * rows, NULL)); /* the next block is one of four */
+    CHECK_STATUS(vmm_append_many(3, tensors, sources, NULL), VMM_ERR_OUT_OF_MEMORY);
+    if (!strstr(vmm_last_error()->message, "with 2 lanes"))
+        FAIL("%s", vmm_last_error()->message);
+    for (size_t i = 0; i < 3; i++)
+        CHECK_OK(vmm_close(tensors[i]));
+    free(bytes);
+    CHECK_OK(vmm_pool_close(tight.pool));
+}
+
 /* When memory is there again, blocks are as large as before. */
 static void test_large_again(const fixture *f) {
     size_t n_blocks[2];
@@ -290,6 +317,7 @@ int main(int argc, char **argv) {
     test_in_turn(&f);
     test_own_spare(&f, 0);
     test_own_spare(&f, 1);
+    test_note(&f);
     test_large_again(&f);
     test_fixed(&f);
     test_callbacks(&f);
