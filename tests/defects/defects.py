@@ -151,6 +151,16 @@ DEFECTS = [
         C.format("test_budget"),
     ),
     Defect(
+        "own-spare",
+        "where memory is short, growth takes its own spare blocks whole",
+        "libvmm/src/tensor.c",
+        replaces(
+            "            pool_empty_queue(tensor->pool, tensor->driver_calls, stream);\n",
+            "            continue;\n",
+        ),
+        C.format("test_auto_pressure"),
+    ),
+    Defect(
         "taken-over",
         "a closed tensor's range is taken over while the device may still touch it",
         "libvmm/src/queue.c",
