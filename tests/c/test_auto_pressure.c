@@ -187,8 +187,7 @@ static void test_note(const fixture *f) {
         CHECK_OK(vmm_reserve(tight.pool, &spec, &tensors[i]));
         memcpy(shapes[i], shape, sizeof shape);
         shapes[i][1] = 1;
-        sources[i] =
-            (vmm_array){.data = bytes, .dtype = VMM_UINT8, .ndim = 3, .shape = shapes[i]};
+        sources[i] = (vmm_array){.data = bytes, .dtype = VMM_UINT8, .ndim = 3, .shape = shapes[i]};
     }
     CHECK_OK(vmm_grow(tensors[0], 24 * rows, NULL)); /* the next block is one of four */
     CHECK_STATUS(vmm_append_many(3, tensors, sources, NULL), VMM_ERR_OUT_OF_MEMORY);

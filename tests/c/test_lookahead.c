@@ -320,14 +320,13 @@ static void test_capture(const fixture *f) {
     fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
     vmm_spec spec = make_spec(64);
     model m = model_open(&own, &spec);
-    void *stream, *graph;
+    void *stream;
 
     CHECK_CUDA(cuda()->stream_create(&stream, CUDA_STREAM_NON_BLOCKING));
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_OK(vmm_map(m.tensor, rows));
     await_ahead(&own, granule, AHEAD_BLOCKS * granule);
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    drop_capture(stream);
     CHECK_CUDA(cuda()->stream_destroy(stream));
     model_close(&m);
     CHECK_OK(vmm_pool_close(own.pool));

@@ -30,13 +30,9 @@ static void write_row(scene *s) {
 }
 
 static void capture(scene *s) {
-    void *graph;
-
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_OK(vmm_append(s->m.tensor, &s->row, stream));
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->instantiate(&s->exec, graph, 0));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    s->exec = end_capture(stream);
 }
 
 static void scene_open(scene *s, const vmm_spec *spec) {
@@ -133,11 +129,9 @@ static void test_mended(void) {
     fail_append(&s);
     CHECK_STATUS(vmm_advance(s.m.tensor, 1), VMM_ERR_BUSY);
     CHECK(strstr(vmm_last_error()->message, "truncate(2)"));
-    void *graph;
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_STATUS(vmm_advance(s.m.tensor, 1), VMM_ERR_CAPTURING);
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    drop_capture(stream);
     CHECK_SIZE(vmm_length(s.m.tensor), 2);
     /* The failure alone: the next append is as any other. */
     eager(&s);
@@ -230,11 +224,9 @@ static void test_captured_after_it(void) {
     fail_in_part(&s);
     check_in_part(&s, 0);
     fail_in_part(&s);
-    void *graph;
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_STATUS(vmm_append(s.m.tensor, &s.row, stream), VMM_ERR_BUSY);
-    CHECK_CUDA(cuda()->end_capture(stream, &graph)); /* it has survived that */
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    drop_capture(stream); /* it has survived that */
     CHECK_OK(vmm_append(s.m.tensor, &s.row, stream));
     check_in_part(&s, 1);
     capture(&s);
