@@ -280,8 +280,7 @@ static vmm_status add_mark(range_change *change, range_mark mark) {
 static void revive_for(range_change *change, range_lane *lane, size_t bytes) {
     range *range = change->range;
     revive(range, lane);
-    change->beyond |=
-        lane->live_bytes > bytes && lane->live_bytes - bytes >= smallest_block(range);
+    change->beyond |= lane->live_bytes > bytes && lane->live_bytes - bytes >= smallest_block(range);
 }
 
 /* Take spare blocks that have access into use, as far as they go; `done`: every lane has what it
