@@ -614,6 +614,7 @@ static void test_graph_pins(void) {
     for (int i = 0; i < 2; i++) {
         CHECK_SIZE(vmm_pin_count(tensors[i]), 0);
         CHECK_OK(vmm_close(tensors[i]));
+        free(s.model[i].numbers);
     }
     CHECK_OK(vmm_pool_trim(f.pool, 1));
     for (int i = 0; i < 2; i++)
