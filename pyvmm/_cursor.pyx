@@ -16,6 +16,7 @@ from pyvmm._libvmm cimport (
     VMM_STREAM_LEGACY,
     VMM_STREAM_NONE,
     vmm_advance,
+    vmm_advance_waits,
     vmm_cursor,
     vmm_dtype,
     vmm_last_stream,
@@ -47,12 +48,18 @@ cdef Cursor cursor_of(TensorCore tensor):
 
 cdef int advance_one(TensorCore tensor, Py_ssize_t n_rows) except -1:
     """VTensor.advance()."""
+    cdef vmm_status status
+    cdef vmm_tensor *handle
     tensor.live("advance")
-    if tensor.owner_of_all[0] != 0:
-        tensor.enter("advance")  # raises, or waits for another thread
-        tensor.leave()
-    check(vmm_advance(tensor.handle, n_rows))
-    return 0
+    if tensor.owner_of_all[0] == 0 and not vmm_advance_waits(tensor.handle):
+        # Neither the driver nor a lock has a part in it: the GIL stays.
+        return check(vmm_advance(tensor.handle, n_rows))
+    handle = tensor.enter("advance")  # raises, or waits for another thread
+    with nogil:
+        status = vmm_advance(handle, n_rows)
+    tensor.leave()
+    check(status)
+    return tensor.live("advance")  # another thread may have given it up meanwhile
 
 
 def advance_many(tensors, n=1):

@@ -185,6 +185,7 @@ cdef extern from "vmm.h" nogil:
     # ---- graphs
     vmm_status vmm_cursor(vmm_tensor *tensor, vmm_stream stream, int32_t **out)
     vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows)
+    int vmm_advance_waits(const vmm_tensor *tensor)
     int vmm_has_cursor(const vmm_tensor *tensor)
     vmm_status vmm_stream_is_capturing(vmm_device *device, vmm_stream stream, int *out)
 

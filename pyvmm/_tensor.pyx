@@ -406,10 +406,12 @@ cdef class VTensor(TensorCore):
 
         A captured append counts nothing. Each replay of the graph appends at t.cursor, as far
         as t.mapped: map(t.length + n) before it, replay, advance(n). No driver call, and no
-        wait: the rows are there once the replay has run.
+        wait: the rows are there once the replay has run. Only where a call has failed to set
+        t.cursor it waits for the device, to see where replays have begun.
         Raises ValueError (negative, no graph that appends has been captured), CapacityError when
         the replay cannot have appended, since it came to the end of what was mapped (nothing was
-        written: map(), and replay again); then the tensor is as before."""
+        written: map(), and replay again), VMMError (after such a failure); then the tensor is as
+        before."""
         advance_one(self, row_count(n, "n"))
 
     @property

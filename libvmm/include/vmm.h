@@ -646,6 +646,9 @@ VMM_API int vmm_has_cursor(const vmm_tensor *tensor);
  * returns VMM_ERR_BUSY, VMM_ERR_CAPTURING and VMM_ERR_DRIVER, too. */
 VMM_API vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows);
 
+/* Whether it would wait: for those who hold a lock that others need meanwhile. */
+VMM_API int vmm_advance_waits(const vmm_tensor *tensor);
+
 /* vmm_graph_pins_open() - be who keeps the tensors of a graph. Call it while `stream` is being
  * captured, before what appends: a tensor that is appended to later in this capture, from any
  * stream of it, is pinned until `out` is closed, and not by the graph.

@@ -174,10 +174,11 @@ vmm_status cursor_set(size_t n_tensors, vmm_tensor *const *tensors, vmm_stream s
     return status;
 }
 
-/* The cursor becomes what is next for it, as a write to the tensor. */
+/* The cursor becomes what is next for it, as a write to the tensor. One that has failed may have
+ * been submitted in part, unless it was refused for a capture. */
 static vmm_status write_cursor(vmm_tensor *tensor, vmm_stream stream, const char *operation) {
     vmm_status status = cursor_set(1, &tensor, stream, operation);
-    if (!status && on_device(tensor))
+    if (status != VMM_ERR_CAPTURING && on_device(tensor))
         order_after_write(tensor, stream);
     return status;
 }
@@ -339,6 +340,11 @@ int vmm_has_cursor(const vmm_tensor *tensor) {
     return tensor->cursor != NULL;
 }
 
+/* Setting it has failed, and graphs append: where they began is not known. */
+int vmm_advance_waits(const vmm_tensor *tensor) {
+    return tensor->cursor && tensor->cursor->stale && tensor->cursor->may_differ;
+}
+
 vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows) {
     vmm_status status = tensor_check(tensor, "advance");
     if (status)
@@ -353,7 +359,7 @@ vmm_status vmm_advance(vmm_tensor *tensor, size_t n_rows) {
                         "overflow: %zu row(s) after %zu are more than the %zu that are mapped, so "
                         "the replay has not written them: map(%zu) before the replay",
                         n_rows, tensor->length, tensor->mapped, tensor->length + n_rows);
-    bool uncertain = cursor->stale && cursor->may_differ; /* where replays have begun */
+    bool uncertain = vmm_advance_waits(tensor);
     if (uncertain)
         status = cursor_settle(tensor, order_write_stream(tensor));
     if (status)

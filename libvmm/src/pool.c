@@ -334,11 +334,7 @@ vmm_status pool_reserve(vmm_pool *pool, uint64_t *tensor_calls, size_t bytes, vm
     }
     vmm_status status = DRIVER(pool, tensor_calls, reserve, bytes, 0, out);
     if (status && pool_has_queue(pool)) {
-        pool_work_begin(&work, pool, tensor_calls, stream);
-        vmm_undo_begin();
-        queue_reclaim(&work, true);
-        vmm_undo_end();
-        pool_work_end(&work);
+        pool_empty_queue(pool, tensor_calls, stream);
         status = DRIVER(pool, tensor_calls, reserve, bytes, 0, out);
     }
     return status;

@@ -220,6 +220,9 @@ pool_entry *pool_take_over(vmm_pool *pool, uint64_t *tensor_calls, vmm_stream st
 void pool_drain(vmm_pool *pool);
 
 bool pool_has_queue(vmm_pool *pool);
+/* Unmap all that is queued, recycled or ahead, as far as the driver and captures let it: waits for
+ * a fence. `stream` as in pool_work. No lock held. */
+void pool_empty_queue(vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream);
 
 /* Wait for everything that the device has been given. `stream` takes part: while it, or any that
  * a bracket knows of, is captured, VMM_ERR_CAPTURING. No lock held. */

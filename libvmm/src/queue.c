@@ -272,6 +272,15 @@ vmm_status queue_reclaim(pool_work *work, bool wait) {
     return first ? first : status;
 }
 
+void pool_empty_queue(vmm_pool *pool, uint64_t *tensor_calls, vmm_stream stream) {
+    pool_work work;
+    pool_work_begin(&work, pool, tensor_calls, stream);
+    vmm_undo_begin(); /* what is missing is told by whoever asked for it */
+    queue_reclaim(&work, true);
+    vmm_undo_end();
+    pool_work_end(&work);
+}
+
 /* What the pool has mapped, or keeps, beyond the most that was ever in use. */
 static size_t excess_bytes(const vmm_pool *pool, bool covered_only) {
     size_t idle = pool->bytes[POOL_FREE] + pool->bytes[POOL_RECYCLED] +

@@ -276,6 +276,13 @@ static vmm_status add_mark(range_change *change, range_mark mark) {
     return VMM_OK;
 }
 
+/* Take the lane's first spare block into use, of the `bytes` that it shall have. Under lock. */
+static void revive_for(range_change *change, range_lane *lane, size_t bytes) {
+    range *range = change->range;
+    revive(range, lane);
+    change->beyond |= lane->live_bytes > bytes && lane->live_bytes - bytes >= smallest_block(range);
+}
+
 /* Take spare blocks that have access into use, as far as they go; `done`: every lane has what it
  * needs. Without work. */
 static vmm_status revive_open(range_change *change, size_t lane_bytes, bool *done) {
@@ -291,7 +298,7 @@ static vmm_status revive_open(range_change *change, size_t lane_bytes, bool *don
         range_lane *lane = &range->lanes[i];
         while (lane->live_bytes < lane_bytes && lane->n_live < lane->n_blocks &&
                lane->live_bytes < lane->open_bytes)
-            revive(range, lane);
+            revive_for(change, lane, lane_bytes);
         *done &= lane->live_bytes >= lane_bytes;
     }
     pool_note_locked(range->pool, &range->entry);
@@ -401,7 +408,7 @@ static vmm_status extend_lane(range_change *change, size_t lane_index, size_t by
     vmm_status status = add_mark(change, (range_mark){lane_index, lane->n_live, lane->n_blocks});
     pthread_mutex_lock(&pool->lock);
     while (!status && lane->live_bytes < bytes && lane->n_live < lane->n_blocks)
-        revive(range, lane);
+        revive_for(change, lane, bytes);
     pthread_mutex_unlock(&pool->lock);
     while (!status && lane->live_bytes < bytes)
         status = map_next(change, lane_index, bytes - lane->live_bytes, work);

@@ -255,24 +255,37 @@ static bool ask_callbacks(vmm_pool *pool, size_t n, const tensor_growth *growths
     return freed;
 }
 
+/* Once more, with blocks no larger than what each lane needs. What lanes have had mapped already
+ * goes first, for that would be taken into use as it is. The error stays the one that there is. */
+static vmm_status try_fitting(size_t n, tensor_growth *growths, vmm_stream stream, size_t *reached,
+                              bool *beyond) {
+    vmm_error shortage = *vmm_last_error();
+    for (size_t i = 0; i < n; i++) {
+        vmm_tensor *tensor = growths[i].tensor;
+        if (pool_has_queue(tensor->pool) && (i == 0 || tensor->pool != growths[i - 1].tensor->pool))
+            pool_empty_queue(tensor->pool, tensor->driver_calls, stream);
+    }
+    vmm_status status = try_map(n, growths, true, stream, reached, beyond);
+    if (status == VMM_ERR_OUT_OF_MEMORY)
+        vmm_fail_again(&shortage); /* the cause */
+    return status;
+}
+
 vmm_status tensor_map(size_t n, tensor_growth *growths, vmm_stream stream) {
     size_t reached, asked = 0; /* callbacks once for each that could not grow */
     bool beyond;
+    const vmm_tensor *tensor; /* of which the error is */
     vmm_status status = try_map(n, growths, false, stream, &reached, &beyond);
     for (;;) {
-        if (status == VMM_ERR_OUT_OF_MEMORY && beyond) {
-            vmm_error shortage = *vmm_last_error();
-            status = try_map(n, growths, true, stream, &reached, &beyond);
-            if (status == VMM_ERR_OUT_OF_MEMORY)
-                vmm_fail_again(&shortage); /* the cause */
-        }
+        tensor = growths[reached].tensor;
+        if (status == VMM_ERR_OUT_OF_MEMORY && beyond)
+            status = try_fitting(n, growths, stream, &reached, &beyond);
         if (status != VMM_ERR_OUT_OF_MEMORY || reached < asked ||
             !ask_callbacks(growths[reached].tensor->pool, n, growths))
             break;
         asked = reached + 1;
         status = try_map(n, growths, false, stream, &reached, &beyond);
     }
-    const vmm_tensor *tensor = growths[reached].tensor;
     if (status == VMM_ERR_OUT_OF_MEMORY && tensor->n_lanes > 1 && tensor->length == 0) {
         vmm_size_text least;
         vmm_fail_note("; with %zu lanes of at least one block each this tensor needs %s for its "

@@ -322,6 +322,23 @@ static inline long simulated_calls(const fixture *f) {
     return calls ? calls("*") : 0;
 }
 
+/* End a capture: the graph of it, to be launched; or nothing. */
+static inline void *end_capture(void *stream) {
+    void *graph, *exec;
+
+    CHECK_CUDA(cuda()->end_capture(stream, &graph));
+    CHECK_CUDA(cuda()->instantiate(&exec, graph, 0));
+    CHECK_CUDA(cuda()->graph_destroy(graph));
+    return exec;
+}
+
+static inline void drop_capture(void *stream) {
+    void *graph;
+
+    CHECK_CUDA(cuda()->end_capture(stream, &graph));
+    CHECK_CUDA(cuda()->graph_destroy(graph));
+}
+
 /* ---- what a tensor must hold -------------------------------------------------------- */
 
 /* Every row that is written gets a number of its own; its bytes follow from the number. */

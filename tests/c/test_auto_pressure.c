@@ -139,6 +139,66 @@ static void test_in_turn(const fixture *f) {
     CHECK_OK(vmm_pool_close(tight.pool));
 }
 
+/* A block that a tensor has given up is no more of its own than it needs: another one that grows in
+ * the same call has the rest, before it and behind it. */
+static void test_own_spare(const fixture *f, size_t first) {
+    fixture tight = with_budget(f, 28);
+    vmm_spec spec = make_spec(1, VMM_BLOCK_AUTO);
+    model m = model_open(&tight, &spec);
+    vmm_tensor *other;
+    CHECK_OK(append_to_all(1, &m, 24 * rows));
+    CHECK_OK(vmm_map(m.tensor, 25 * rows)); /* a block of four */
+    CHECK_SIZE(vmm_mapped(m.tensor), 28 * rows);
+    CHECK_OK(vmm_trim(m.tensor));
+    CHECK_OK(vmm_reserve(tight.pool, &spec, &other));
+    int64_t shapes[2][3] = {{1, 1, ROW_BYTES}, {1, (int64_t)(3 * rows), ROW_BYTES}};
+    uint8_t *bytes = make_rows(m.tensor, last_number + 1, 3 * rows);
+    vmm_tensor *tensors[2];
+    vmm_array sources[2];
+    for (size_t i = 0; i < 2; i++) {
+        size_t place = (first + i) % 2;
+        tensors[place] = i ? other : m.tensor;
+        sources[place] =
+            (vmm_array){.data = bytes, .dtype = VMM_UINT8, .ndim = 3, .shape = shapes[i]};
+    }
+    CHECK_OK(vmm_append_many(2, tensors, sources, NULL));
+    model_extend(&m, last_number + 1, 1);
+    last_number += (uint32_t)(3 * rows);
+    CHECK_SIZE(vmm_mapped(m.tensor), 25 * rows);
+    CHECK_SIZE(vmm_mapped(other), 3 * rows);
+    model_check(&m);
+    free(bytes);
+    CHECK_OK(vmm_close(other));
+    model_close(&m);
+    CHECK_OK(vmm_pool_close(tight.pool));
+}
+
+/* The note on lanes is of the tensor that the error is of: the first that could not grow, though
+ * with smaller blocks another one is. */
+static void test_note(const fixture *f) {
+    static const size_t n_lanes[] = {1, 2, 4};
+    fixture tight = with_budget(f, 29);
+    int64_t shapes[3][3];
+    uint8_t *bytes = calloc(4, ROW_BYTES);
+    vmm_tensor *tensors[3];
+    vmm_array sources[3];
+    for (size_t i = 0; i < 3; i++) {
+        vmm_spec spec = make_spec(n_lanes[i], VMM_BLOCK_AUTO);
+        CHECK_OK(vmm_reserve(tight.pool, &spec, &tensors[i]));
+        memcpy(shapes[i], shape, sizeof shape);
+        shapes[i][1] = 1;
+        sources[i] = (vmm_array){.data = bytes, .dtype = VMM_UINT8, .ndim = 3, .shape = shapes[i]};
+    }
+    CHECK_OK(vmm_grow(tensors[0], 24 * rows, NULL)); /* the next block is one of four */
+    CHECK_STATUS(vmm_append_many(3, tensors, sources, NULL), VMM_ERR_OUT_OF_MEMORY);
+    if (!strstr(vmm_last_error()->message, "with 2 lanes"))
+        FAIL("%s", vmm_last_error()->message);
+    for (size_t i = 0; i < 3; i++)
+        CHECK_OK(vmm_close(tensors[i]));
+    free(bytes);
+    CHECK_OK(vmm_pool_close(tight.pool));
+}
+
 /* When memory is there again, blocks are as large as before. */
 static void test_large_again(const fixture *f) {
     size_t n_blocks[2];
@@ -254,6 +314,9 @@ int main(int argc, char **argv) {
             test_at_once(&f, n_tensors, n_lanes);
         }
     test_in_turn(&f);
+    test_own_spare(&f, 0);
+    test_own_spare(&f, 1);
+    test_note(&f);
     test_large_again(&f);
     test_fixed(&f);
     test_callbacks(&f);

@@ -18,13 +18,6 @@ static void *begin(unsigned flags) {
     return stream;
 }
 
-static void end(void *stream) {
-    void *graph;
-
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
-}
-
 static uint64_t fences(void) {
     return pool_stats(f.pool).driver_calls[VMM_CALL_fence];
 }
@@ -40,7 +33,7 @@ static void test_blocking_stream(void) {
     model m = model_open(&f, &spec); /* does without what is queued */
     CHECK_STATUS(vmm_pool_trim(f.pool, 1), VMM_ERR_CAPTURING);
     CHECK(pool_stats(f.pool).queued_bytes > 0);
-    end(stream);
+    drop_capture(stream);
     CHECK_OK(vmm_pool_trim(f.pool, 1));
     CHECK_SIZE(held_bytes(f.pool), 0);
     model_append(&m, VMM_UINT8, 2 * rows, VMM_MEMORY_HOST, NULL);
@@ -66,14 +59,14 @@ static void test_stream_of_the_tensor(void) {
     CHECK_OK(vmm_map(m.tensor, 2 * rows));
     CHECK_OK(vmm_grow(m.tensor, 3 * rows, &out));
     CHECK_SIZE(pool_stats(f.pool).queued_bytes, queued);
-    end(stream);
+    drop_capture(stream);
     CHECK_OK(vmm_truncate(m.tensor, 1, VMM_STREAM_NONE));
 
     close_used(&spec); /* which a fork would take over */
     uint64_t before = fences();
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_STATUS(vmm_fork(m.tensor, 1, &fork), VMM_ERR_CAPTURING);
-    end(stream);
+    drop_capture(stream);
     CHECK(fences() == before);
     model_check(&m);
     model_close(&m);

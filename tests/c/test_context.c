@@ -107,14 +107,10 @@ static const struct operation {
 /* ---- an attempt -------------------------------------------------------------------------- */
 
 static void capture(world *w) {
-    void *graph;
-
     w->source.shape = w->source_shape;
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_OK(do_append_device(w));
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->instantiate(&w->exec, graph, 0));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    w->exec = end_capture(stream);
 }
 
 static world world_open(bool has_graph) {

@@ -97,14 +97,9 @@ static void check_rows(const vmm_tensor *tensor, size_t lane, size_t begin, size
 
 /* A graph of one append to each tensor. */
 static void *capture(size_t n, vmm_tensor *const *tensors, const vmm_array *sources) {
-    void *graph, *exec;
-
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_OK(vmm_append_many(n, tensors, sources, stream));
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->instantiate(&exec, graph, 0));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
-    return exec;
+    return end_capture(stream);
 }
 
 static void close_captured(vmm_tensor *tensor) {
@@ -542,11 +537,9 @@ static void test_written_before(void) {
     CHECK_OK(vmm_append(t, &first.array, other));
     CHECK_OK(vmm_map(t, 3));
     if (is_hip) {
-        void *graph;
         CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
         CHECK_STATUS(vmm_append(t, &second.array, stream), VMM_ERR_CAPTURING);
-        CHECK_CUDA(cuda()->end_capture(stream, &graph));
-        CHECK_CUDA(cuda()->graph_destroy(graph));
+        drop_capture(stream);
     } else {
         void *exec = capture(1, &t, &second.array);
         CHECK_CUDA(cuda()->graph_launch(exec, stream));

@@ -16,15 +16,14 @@ static int on_oom(void *user, size_t needed_bytes) {
 /* Of a capture that nothing has been appended in; NULL on the host, which has none. */
 static vmm_graph_pins *open_graph_pins(const fixture *f) {
     vmm_graph_pins *pins = NULL;
-    void *stream, *graph;
+    void *stream;
 
     if (!f->is_gpu)
         return NULL;
     CHECK_CUDA(cuda()->stream_create(&stream, CUDA_STREAM_NON_BLOCKING));
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_OK(vmm_graph_pins_open(f->device, stream, &pins));
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    drop_capture(stream);
     CHECK_CUDA(cuda()->stream_destroy(stream));
     return pins;
 }

@@ -45,6 +45,15 @@ static scene scene_open(size_t n, const vmm_spec *spec, size_t n_rows) {
     return s;
 }
 
+/* Of rows of `row_bytes` each in one lane, in blocks of the smallest size. */
+static scene rows_open(size_t n, size_t row_bytes, size_t n_rows) {
+    const int64_t shape[] = {0, (int64_t)row_bytes};
+    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
+
+    spec.block_bytes = f.granularity_bytes;
+    return scene_open(n, &spec, n_rows);
+}
+
 static void write_sources(scene *s) {
     synchronize(&f); /* they have been read */
     for (size_t i = 0; i < s->n; i++) {
@@ -70,7 +79,6 @@ static void gather(scene *s, vmm_tensor **tensors) {
 static void capture(scene *s, int times) {
     vmm_tensor *tensors[MAX_TENSORS];
     size_t lengths[MAX_TENSORS];
-    void *graph;
 
     gather(s, tensors);
     for (size_t i = 0; i < s->n; i++)
@@ -78,9 +86,7 @@ static void capture(scene *s, int times) {
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     for (int i = 0; i < times; i++)
         CHECK_OK(vmm_append_many(s->n, tensors, s->source, stream));
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->instantiate(&s->exec, graph, 0));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    s->exec = end_capture(stream);
     for (size_t i = 0; i < s->n; i++)
         CHECK_SIZE(vmm_length(tensors[i]), lengths[i]); /* nothing has been appended yet */
 }
@@ -181,13 +187,9 @@ static void test_growth(void) {
 }
 
 static void test_hundreds_of_growths(void) {
-    const int64_t shape[] = {0, (int64_t)f.granularity_bytes};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
+    scene s = rows_open(1, f.granularity_bytes, 1);
     vmm_tensor_stats stats;
 
-    spec.block_bytes = f.granularity_bytes;
-    spec.capacity = 400;
-    scene s = scene_open(1, &spec, 1);
     capture(&s, 1);
     for (int i = 0; i < 300; i++)
         step(&s);
@@ -199,9 +201,7 @@ static void test_hundreds_of_growths(void) {
 
 /* Several appends to a tensor in one graph, and more tensors than one launch takes. */
 static void test_many(void) {
-    const int64_t shape[] = {0, 96};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
-    scene s = scene_open(MAX_TENSORS, &spec, 3);
+    scene s = rows_open(MAX_TENSORS, 96, 3);
     vmm_tensor_stats stats;
 
     capture(&s, 1);
@@ -213,7 +213,7 @@ static void test_many(void) {
     drop_graph(&s);
     scene_close(&s);
 
-    s = scene_open(2, &spec, 1);
+    s = rows_open(2, 96, 1);
     capture(&s, 5);
     for (int i = 0; i < 10; i++) {
         write_sources(&s);
@@ -228,9 +228,7 @@ static void test_many(void) {
 
 /* K and V are one launch, and an eager append to tensors with cursors is two. */
 static void test_launches(void) {
-    const int64_t shape[] = {0, 512};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
-    scene s = scene_open(2, &spec, 1);
+    scene s = rows_open(2, 512, 1);
     vmm_tensor_stats before, after;
 
     eager(&s);
@@ -265,12 +263,9 @@ static uint8_t *snapshot(const model *m, size_t n_rows) {
 }
 
 static void test_overflow(void) {
-    const int64_t shape[] = {0, (int64_t)f.granularity_bytes / 4};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
-    scene s = scene_open(1, &spec, 1);
+    scene s = rows_open(1, f.granularity_bytes / 4, 1);
     vmm_tensor *t = s.model[0].tensor;
 
-    spec.block_bytes = f.granularity_bytes;
     capture(&s, 1);
     CHECK_OK(vmm_map(t, 4));
     size_t mapped = vmm_mapped(t);
@@ -301,11 +296,7 @@ static void test_overflow(void) {
 
 /* Trimmed, so that what the graph would write is gone: an overflow, and no fault. */
 static void test_trim(void) {
-    const int64_t shape[] = {0, (int64_t)f.granularity_bytes / 2};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
-
-    spec.block_bytes = f.granularity_bytes;
-    scene s = scene_open(1, &spec, 1);
+    scene s = rows_open(1, f.granularity_bytes / 2, 1);
     vmm_tensor *t = s.model[0].tensor;
     CHECK_OK(vmm_map(t, 20));
     capture(&s, 1);
@@ -328,11 +319,7 @@ static void test_trim(void) {
 
 /* An overflow that a truncation has given up is not the next replay's. */
 static void test_overflow_given_up(void) {
-    const int64_t shape[] = {0, (int64_t)f.granularity_bytes / 2};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
-
-    spec.block_bytes = f.granularity_bytes;
-    scene s = scene_open(1, &spec, 1);
+    scene s = rows_open(1, f.granularity_bytes / 2, 1);
     model *m = &s.model[0];
     capture(&s, 1);
     step(&s);
@@ -347,11 +334,7 @@ static void test_overflow_given_up(void) {
 
 /* A trim after a replay that the host has not followed would lose its row. */
 static void test_trim_before_advance(void) {
-    const int64_t shape[] = {0, (int64_t)f.granularity_bytes / 2};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
-
-    spec.block_bytes = f.granularity_bytes;
-    scene s = scene_open(1, &spec, 1);
+    scene s = rows_open(1, f.granularity_bytes / 2, 1);
     vmm_tensor *t = s.model[0].tensor;
     capture(&s, 1);
     for (int i = 0; i < 4; i++)
@@ -423,9 +406,7 @@ static void test_forgotten_advance(void) {
 }
 
 static void test_truncate(void) {
-    const int64_t shape[] = {0, 1024};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
-    scene s = scene_open(2, &spec, 2);
+    scene s = rows_open(2, 1024, 2);
 
     capture(&s, 1);
     for (int round = 0; round < 3; round++) {
@@ -450,11 +431,9 @@ static void test_truncate(void) {
 /* ---- inside a capture ------------------------------------------------------------------------ */
 
 static void test_refused_in_a_capture(void) {
-    const int64_t shape[] = {0, 64};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
-    scene s = scene_open(1, &spec, 1);
+    scene s = rows_open(1, 64, 1);
     vmm_tensor *t = s.model[0].tensor, *fork, *tensors[MAX_TENSORS];
-    void *graph, *outside;
+    void *outside;
 
     gather(&s, tensors);
     CHECK_STATUS(vmm_advance(t, 1), VMM_ERR_INVALID); /* nothing has been captured */
@@ -476,9 +455,7 @@ static void test_refused_in_a_capture(void) {
     CHECK_STATUS(vmm_trim(t), VMM_ERR_CAPTURING);
     CHECK_OK(vmm_map(t, 100));
     CHECK_OK(vmm_append(t, &s.source[0], stream));
-    CHECK_CUDA(cuda()->end_capture(stream, &graph)); /* it has survived all that */
-    CHECK_CUDA(cuda()->instantiate(&s.exec, graph, 0));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    s.exec = end_capture(stream); /* it has survived all that */
     check(&s);
     write_sources(&s);
     replay(&s);
@@ -491,11 +468,8 @@ static void test_refused_in_a_capture(void) {
 
 /* What a capture has refused is no reason to write over what a replay appends. */
 static void test_refused_then_replayed(void) {
-    const int64_t shape[] = {0, 64};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
-    scene s = scene_open(1, &spec, 1);
+    scene s = rows_open(1, 64, 1);
     vmm_tensor *t = s.model[0].tensor, *tensors[MAX_TENSORS];
-    void *graph;
 
     gather(&s, tensors);
     eager(&s);
@@ -503,9 +477,7 @@ static void test_refused_then_replayed(void) {
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_STATUS(vmm_grow(t, 1, NULL), VMM_ERR_CAPTURING);
     CHECK_OK(vmm_append(t, &s.source[0], stream));
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->instantiate(&s.exec, graph, 0));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    s.exec = end_capture(stream);
     write_sources(&s);
     replay(&s);
     CHECK_STATUS(vmm_append(t, &s.source[0], stream), VMM_ERR_BUSY);
@@ -517,9 +489,7 @@ static void test_refused_then_replayed(void) {
 /* ---- the graph's pin ---------------------------------------------------------------------------- */
 
 static void test_close(void) {
-    const int64_t shape[] = {0, 64};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
-    scene s = scene_open(1, &spec, 1);
+    scene s = rows_open(1, 64, 1);
     vmm_tensor *t = s.model[0].tensor;
 
     capture(&s, 3);
@@ -532,7 +502,7 @@ static void test_close(void) {
     scene_close(&s);
 
     /* Released under a graph that lives: its replays go on, into memory that is still there. */
-    s = scene_open(1, &spec, 1);
+    s = rows_open(1, 64, 1);
     t = s.model[0].tensor;
     capture(&s, 1);
     CHECK_OK(vmm_map(t, 10));
@@ -552,14 +522,12 @@ static void test_close(void) {
     CHECK_SIZE(held_bytes(f.pool), 0);
 
     /* A capture that is given up keeps nothing. */
-    void *graph;
     vmm_tensor *tensors[MAX_TENSORS];
-    s = scene_open(1, &spec, 1);
+    s = rows_open(1, 64, 1);
     gather(&s, tensors);
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_OK(vmm_append(tensors[0], s.source, stream));
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    drop_capture(stream);
     wait_for_unpinned(tensors[0]);
     eager(&s);
     check(&s);
@@ -577,12 +545,9 @@ static size_t retains(const model *m) {
 /* The tensors are pinned by who was asked to, the graph has no object for it, and they can be
  * closed when the pins are, at once and with a replay in flight. */
 static void test_graph_pins(void) {
-    const int64_t rows[] = {0, (int64_t)f.granularity_bytes / 2};
-    vmm_spec spec = spec_of(2, rows, 0, VMM_LAYOUT_SEQ);
     vmm_graph_pins *pins, *other;
-    void *graph, *second;
+    void *graph;
 
-    spec.block_bytes = f.granularity_bytes;
     CHECK_STATUS(vmm_graph_pins_open(f.device, stream, &pins), VMM_ERR_INVALID);
     CHECK(!pins);
     CHECK_STATUS(vmm_graph_pins_open(f.device, NULL, &pins), VMM_ERR_INVALID);
@@ -590,25 +555,23 @@ static void test_graph_pins(void) {
     CHECK_STATUS(vmm_graph_pins_open(f.device, stream, NULL), VMM_ERR_INVALID);
     vmm_graph_pins_close(NULL);
 
-    scene s = scene_open(2, &spec, 1);
+    scene s = rows_open(2, f.granularity_bytes / 2, 1);
     vmm_tensor *tensors[2];
     gather(&s, tensors);
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_OK(vmm_graph_pins_open(f.device, stream, &pins));
     CHECK_OK(vmm_append_many(2, tensors, s.source, stream));
     CHECK_OK(vmm_append(tensors[1], &s.source[1], stream));
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->instantiate(&s.exec, graph, 0));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    s.exec = end_capture(stream);
     CHECK_SIZE(retains(&s.model[0]) + retains(&s.model[1]), 0);
 
     /* Another capture, by a graph that keeps its tensor itself. */
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_OK(vmm_append(tensors[0], &s.source[0], stream));
-    CHECK_CUDA(cuda()->end_capture(stream, &second));
+    CHECK_CUDA(cuda()->end_capture(stream, &graph));
     CHECK_SIZE(retains(&s.model[0]), 1);
     CHECK_SIZE(vmm_pin_count(tensors[0]), 2);
-    CHECK_CUDA(cuda()->graph_destroy(second));
+    CHECK_CUDA(cuda()->graph_destroy(graph));
     const struct timespec pause = {.tv_nsec = 1000000};
     for (int i = 0; i < 2000 && vmm_pin_count(tensors[0]) > 1; i++)
         nanosleep(&pause, NULL);
@@ -651,6 +614,7 @@ static void test_graph_pins(void) {
     for (int i = 0; i < 2; i++) {
         CHECK_SIZE(vmm_pin_count(tensors[i]), 0);
         CHECK_OK(vmm_close(tensors[i]));
+        free(s.model[i].numbers);
     }
     CHECK_OK(vmm_pool_trim(f.pool, 1));
     for (int i = 0; i < 2; i++)
@@ -672,11 +636,9 @@ static void reuse_freed(void) {
  * one that is gone. */
 static void test_graph_pins_in_any_order(void) {
     static const int order[][3] = {{0, 1, 2}, {1, 0, 2}, {2, 0, 1}, {1, 2, 0}};
-    const int64_t shape[] = {0, 64};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
-    scene s = scene_open(3, &spec, 1);
+    scene s = rows_open(3, 64, 1);
     vmm_tensor *t[3];
-    void *streams[3], *graph;
+    void *streams[3];
     vmm_graph_pins *pins[3];
 
     gather(&s, t);
@@ -691,8 +653,7 @@ static void test_graph_pins_in_any_order(void) {
             int keeper = order[k][closed];
             CHECK_OK(vmm_append(t[keeper], &s.source[keeper], streams[keeper]));
             CHECK_SIZE(vmm_pin_count(t[keeper]), 1);
-            CHECK_CUDA(cuda()->end_capture(streams[keeper], &graph));
-            CHECK_CUDA(cuda()->graph_destroy(graph));
+            drop_capture(streams[keeper]);
             CHECK_SIZE(vmm_pin_count(t[keeper]), 1);
             vmm_graph_pins_close(pins[keeper]);
             CHECK_SIZE(vmm_pin_count(t[keeper]), 0);
@@ -709,8 +670,7 @@ static void test_graph_pins_in_any_order(void) {
     reuse_freed();
     CHECK_OK(vmm_append(t[0], s.source, streams[0]));
     CHECK_SIZE(retains(&s.model[0]), 1);
-    CHECK_CUDA(cuda()->end_capture(streams[0], &graph));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    drop_capture(streams[0]);
     for (int i = 0; i < 3; i++)
         CHECK_CUDA(cuda()->stream_destroy(streams[i]));
     scene_close(&s);
@@ -720,9 +680,7 @@ static void test_graph_pins_in_any_order(void) {
 
 /* What arrays showed that are gone is not pinned by a graph that lives. */
 static void test_pins_no_rows(void) {
-    const int64_t shape[] = {0, 64};
-    vmm_spec spec = spec_of(2, shape, 0, VMM_LAYOUT_SEQ);
-    scene s = scene_open(1, &spec, 1);
+    scene s = rows_open(1, 64, 1);
     model *m = &s.model[0];
     vmm_pin *pin;
 

@@ -166,6 +166,44 @@ static void test_lanes(const fixture *f) {
     CHECK_OK(vmm_pool_close(own.pool));
 }
 
+static uint64_t map_calls(vmm_pool *pool) {
+    return pool_stats(pool).driver_calls[VMM_CALL_map];
+}
+
+/* A tensor goes while the thread is busy with its lanes: no more is mapped for it than the block
+ * that is under way. What then becomes ahead of another one, which grows without waiting for the
+ * thread, comes behind all that it had noted before. */
+static void test_closed_meanwhile(const fixture *f) {
+    int64_t lanes_shape[] = {AHEAD_BLOCKS, 0, 1024};
+    vmm_spec spec = {.ndim = 3,
+                     .shape = lanes_shape,
+                     .axis = 1,
+                     .dtype = VMM_UINT8,
+                     .layout = VMM_LAYOUT_LANE,
+                     .capacity = 16 * rows,
+                     .block_bytes = granule};
+
+    for (int i = 0; i < 8; i++) {
+        fixture own = with_lookahead(f, 0, 2 * AHEAD_BLOCKS * granule);
+        vmm_tensor *goes, *stays;
+        lanes_shape[0] = AHEAD_BLOCKS;
+        CHECK_OK(vmm_reserve(own.pool, &spec, &goes));
+        lanes_shape[0] = 2;
+        CHECK_OK(vmm_reserve(own.pool, &spec, &stays));
+        CHECK_OK(vmm_grow(stays, rows, NULL));
+        await_ahead(&own, 2 * granule, 2 * granule);
+        CHECK_OK(vmm_grow(goes, rows, NULL));
+        await_ahead(&own, 3 * granule, 2 * AHEAD_BLOCKS * granule);
+        CHECK_OK(vmm_close(goes));
+        uint64_t before = map_calls(own.pool);
+        CHECK_OK(vmm_grow(stays, rows, NULL));
+        await_ahead(&own, 2 * granule, 2 * AHEAD_BLOCKS * granule);
+        CHECK(map_calls(own.pool) - before < AHEAD_BLOCKS / 2);
+        CHECK_OK(vmm_close(stays));
+        CHECK_OK(vmm_pool_close(own.pool));
+    }
+}
+
 /* Within the budget always, and given up before anything is refused; trim takes it, too. */
 static void test_budget(const fixture *f) {
     fixture own = with_lookahead(f, 8 * granule, 64 * granule);
@@ -282,14 +320,13 @@ static void test_capture(const fixture *f) {
     fixture own = with_lookahead(f, 0, AHEAD_BLOCKS * granule);
     vmm_spec spec = make_spec(64);
     model m = model_open(&own, &spec);
-    void *stream, *graph;
+    void *stream;
 
     CHECK_CUDA(cuda()->stream_create(&stream, CUDA_STREAM_NON_BLOCKING));
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_OK(vmm_map(m.tensor, rows));
     await_ahead(&own, granule, AHEAD_BLOCKS * granule);
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    drop_capture(stream);
     CHECK_CUDA(cuda()->stream_destroy(stream));
     model_close(&m);
     CHECK_OK(vmm_pool_close(own.pool));
@@ -472,6 +509,7 @@ int main(int argc, char **argv) {
     test_trim(&f);
     test_no_thread(&f);
     test_lanes(&f);
+    test_closed_meanwhile(&f);
     test_budget(&f);
     test_undo(&f);
     if (f.is_gpu) {

@@ -12,8 +12,8 @@
 static size_t granule, rows; /* of a block */
 static vmm_pool *pool;
 
-static vmm_tensor *open_one(void) {
-    static const int64_t shape[] = {N_LANES, 0, 1024};
+static vmm_tensor *open_one(size_t n_lanes) {
+    const int64_t shape[] = {(int64_t)n_lanes, 0, 1024};
     vmm_tensor *tensor;
     vmm_spec spec = {.ndim = 3,
                      .shape = shape,
@@ -59,7 +59,7 @@ static void test_every_lane(void) {
 
     CHECK_OK(vmm_pool_set_lookahead(pool, N_TENSORS * N_LANES * granule));
     for (size_t i = 0; i < N_TENSORS; i++)
-        tensors[i] = open_one();
+        tensors[i] = open_one(N_LANES);
     for (int i = 0; i < N_ROUNDS && !found; i++) {
         grow_all(tensors);
         found = all_ahead() && grow_all(tensors) == 0;
@@ -74,7 +74,7 @@ static void test_every_lane(void) {
 static void *open_and_close(void *argument) {
     (void)argument;
     for (int i = 0; i < N_CYCLES; i++) {
-        vmm_tensor *first = open_one(), *second = open_one();
+        vmm_tensor *first = open_one(N_LANES), *second = open_one(N_LANES);
         CHECK_OK(vmm_grow(first, rows, NULL));
         CHECK_OK(vmm_grow(second, 2 * rows, NULL));
         CHECK_OK(vmm_close(first));
@@ -90,7 +90,7 @@ static void test_ranges_go(void) {
 
     CHECK_OK(vmm_pool_set_lookahead(pool, 2 * N_TENSORS * N_LANES * granule));
     for (size_t i = 0; i < N_TENSORS; i++)
-        stays[i] = open_one();
+        stays[i] = open_one(N_LANES);
     for (size_t i = 0; i < LENGTH_OF(threads); i++)
         CHECK(pthread_create(&threads[i], NULL, open_and_close, NULL) == 0);
     for (int i = 0; i < N_ROUNDS / 2; i++)
@@ -99,6 +99,25 @@ static void test_ranges_go(void) {
         CHECK(pthread_join(threads[i], NULL) == 0);
     for (size_t i = 0; i < N_TENSORS; i++)
         CHECK_OK(vmm_close(stays[i]));
+    CHECK_OK(vmm_pool_set_lookahead(pool, 0));
+    CHECK_SIZE(held_bytes(pool), 0);
+}
+
+/* A tensor that takes the thread several goes to look at is closed when the thread is within it,
+ * most of these times: it goes on with what is left. */
+static void test_range_goes_halfway(void) {
+    vmm_tensor *stays = open_one(1);
+    struct timespec pause = {0, 2000000};
+
+    CHECK_OK(vmm_pool_set_lookahead(pool, granule));
+    for (int i = 0; i < 8; i++) {
+        vmm_tensor *goes = open_one(64 * N_LANES);
+        CHECK_OK(vmm_grow(goes, rows, NULL));
+        nanosleep(&pause, NULL);
+        CHECK_OK(vmm_close(goes));
+        CHECK_OK(vmm_grow(stays, 1, NULL));
+    }
+    CHECK_OK(vmm_close(stays));
     CHECK_OK(vmm_pool_set_lookahead(pool, 0));
     CHECK_SIZE(held_bytes(pool), 0);
 }
@@ -113,6 +132,7 @@ int main(int argc, char **argv) {
     rows = granule / 1024;
     test_every_lane();
     test_ranges_go();
+    test_range_goes_halfway();
     fixture_close(&f);
     return 0;
 }

@@ -78,6 +78,19 @@ static void shadow_close(shadow *s) {
     CHECK_OK(vmm_pool_trim(s->fixture->pool, 1)); /* sources are allocated beside the pool */
 }
 
+/* One of its own, which is large. */
+static shadow *shadow_new(const fixture *f, const vmm_spec *spec) {
+    shadow *s = malloc(sizeof *s);
+    CHECK(s);
+    *s = shadow_open(f, spec);
+    return s;
+}
+
+static void shadow_free(shadow *s) {
+    shadow_close(s);
+    free(s);
+}
+
 /* A source for the lanes of a list: index i of dimension 0 holds what lane lanes[i] is to
  * get, `n_rows` rows numbered from *first on; in memory that is given back by source_close(). */
 typedef struct source {
@@ -226,11 +239,10 @@ static void run(const fixture *f, const arrangement *a, int n_steps, uint64_t se
                      .dtype = a->dtype,
                      .capacity = 200,
                      .layout = a->layout};
-    shadow *s = malloc(sizeof *s), *fork = malloc(sizeof *fork);
+    shadow *s = shadow_new(f, &spec), *fork = malloc(sizeof *fork);
     size_t lanes[MAX_LANES], counts[MAX_LANES];
     bool all;
-    CHECK(s && fork);
-    *s = shadow_open(f, &spec);
+    CHECK(fork);
     CHECK_SIZE(s->n_lanes, a->n_lengths);
     for (int step = 0; step < n_steps; step++) {
         size_t n, n_rows = random_below(&seed, 6), most = longest(s);
@@ -305,8 +317,7 @@ static void run(const fixture *f, const arrangement *a, int n_steps, uint64_t se
         else
             shadow_check_books(s);
     }
-    shadow_close(s);
-    free(s);
+    shadow_free(s);
     free(fork);
 }
 
@@ -445,9 +456,7 @@ static void refuse(shadow *s, size_t n_lanes, const size_t *lanes, const size_t 
 
 static void test_arguments(const fixture *f) {
     vmm_spec spec = four_spec();
-    shadow *s = malloc(sizeof *s);
-    CHECK(s);
-    *s = shadow_open(f, &spec);
+    shadow *s = shadow_new(f, &spec);
     const size_t counts[] = {3, 0, 2, 3}, twice[] = {1, 2, 1}, outside[] = {0, 4}, two[] = {2, 0};
     const size_t many[] = {4, 1}, last[] = {3}, uneven[] = {3, 1, 2, 3}, too_long[] = {3, 1};
 
@@ -492,8 +501,7 @@ static void test_arguments(const fixture *f) {
         s->numbers[lane][0] = s->numbers[lane][1] = 0;
         s->length[lane] = 2;
     }
-    shadow_close(s);
-    free(s);
+    shadow_free(s);
 }
 
 /* All or none, where the second of two tensors cannot. */
@@ -548,9 +556,7 @@ static void test_growth_fails(const fixture *f) {
 
 static void test_pins(const fixture *f) {
     vmm_spec spec = four_spec();
-    shadow *s = malloc(sizeof *s);
-    CHECK(s);
-    *s = shadow_open(f, &spec);
+    shadow *s = shadow_new(f, &spec);
     const size_t counts[] = {6, 2, 6, 4}, lane1[] = {1}, lane0[] = {0}, four[] = {4}, three[] = {3};
     const size_t six[] = {6};
     vmm_pin *pin;
@@ -570,17 +576,14 @@ static void test_pins(const fixture *f) {
     vmm_unpin(pin);
     CHECK_OK(vmm_truncate_lanes(s->tensor, 1, lane0, three, NULL));
     s->length[0] = 3;
-    shadow_close(s);
-    free(s);
+    shadow_free(s);
 }
 
 /* What grow takes reads zero, whatever short lanes had there. */
 static void test_zero(const fixture *f) {
     vmm_spec spec = four_spec();
     spec.zero = 1;
-    shadow *s = malloc(sizeof *s);
-    CHECK(s);
-    *s = shadow_open(f, &spec);
+    shadow *s = shadow_new(f, &spec);
     const size_t counts[] = {6, 2, 6, 4}, even[] = {2, 2, 2, 2};
     append_lanes(s, 1, 4, NULL, counts, 6, VMM_MEMORY_HOST, false, VMM_OK);
     CHECK_OK(vmm_truncate_lanes(s->tensor, 4, NULL, even, VMM_STREAM_NONE));

@@ -30,16 +30,13 @@ static void write_row(scene *s) {
 }
 
 static void capture(scene *s) {
-    void *graph;
-
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_OK(vmm_append(s->m.tensor, &s->row, stream));
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->instantiate(&s->exec, graph, 0));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    s->exec = end_capture(stream);
 }
 
 static void scene_open(scene *s, const vmm_spec *spec) {
+    s->exec = NULL;
     s->m = model_open(&f, spec);
     s->row = (vmm_array){.data = device_alloc(&f, vmm_row_bytes(s->m.tensor)),
                          .memory = VMM_MEMORY_DEVICE,
@@ -118,9 +115,12 @@ static void test_mended(void) {
 
     scene_open(&s, &plain);
     capture(&s);
+    CHECK(!vmm_advance_waits(s.m.tensor));
     fail_append(&s);
+    CHECK(vmm_advance_waits(s.m.tensor));
     replay(&s);
     advance(&s);
+    CHECK(!vmm_advance_waits(s.m.tensor));
     replay(&s);
     uint64_t calls = total_calls(s.m.tensor);
     advance(&s);
@@ -129,11 +129,9 @@ static void test_mended(void) {
     fail_append(&s);
     CHECK_STATUS(vmm_advance(s.m.tensor, 1), VMM_ERR_BUSY);
     CHECK(strstr(vmm_last_error()->message, "truncate(2)"));
-    void *graph;
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_STATUS(vmm_advance(s.m.tensor, 1), VMM_ERR_CAPTURING);
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    drop_capture(stream);
     CHECK_SIZE(vmm_length(s.m.tensor), 2);
     /* The failure alone: the next append is as any other. */
     eager(&s);
@@ -185,7 +183,8 @@ static void check_in_part(scene *s, int32_t n_more) {
 }
 
 static void close_in_part(scene *s) {
-    CHECK_CUDA(cuda()->graph_exec_destroy(s->exec));
+    if (s->exec)
+        CHECK_CUDA(cuda()->graph_exec_destroy(s->exec));
     synchronize(&f);
     wait_for_unpinned(s->m.tensor);
     CHECK_OK(vmm_close(s->m.tensor));
@@ -225,11 +224,9 @@ static void test_captured_after_it(void) {
     fail_in_part(&s);
     check_in_part(&s, 0);
     fail_in_part(&s);
-    void *graph;
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     CHECK_STATUS(vmm_append(s.m.tensor, &s.row, stream), VMM_ERR_BUSY);
-    CHECK_CUDA(cuda()->end_capture(stream, &graph)); /* it has survived that */
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    drop_capture(stream); /* it has survived that */
     CHECK_OK(vmm_append(s.m.tensor, &s.row, stream));
     check_in_part(&s, 1);
     capture(&s);
@@ -237,6 +234,26 @@ static void test_captured_after_it(void) {
     CHECK_OK(vmm_advance(s.m.tensor, 1));
     check_in_part(&s, 2);
     close_in_part(&s);
+}
+
+/* A truncation on another stream has moved some lanes' cursor and failed: what sets it anew comes
+ * behind that, and so does who reads it. */
+static void test_order(void) {
+    scene s;
+    void *other;
+    size_t lengths[N_LANES];
+
+    CHECK_CUDA(cuda()->stream_create(&other, CUDA_STREAM_NON_BLOCKING));
+    open_in_part(&s);
+    append_to_lanes(&s, NULL, VMM_OK);
+    check_in_part(&s, 1);
+    for (size_t i = 0; i < N_LANES; i++)
+        lengths[i] = 1 + i % 2;
+    CHECK(fail("cuLaunchKernel", 2, LAUNCH_FAILED, 1) == 0);
+    CHECK_STATUS(vmm_truncate_lanes(s.m.tensor, N_LANES, NULL, lengths, other), VMM_ERR_DRIVER);
+    check_in_part(&s, 1);
+    close_in_part(&s);
+    CHECK_CUDA(cuda()->stream_destroy(other));
 }
 
 int main(int argc, char **argv) {
@@ -252,6 +269,7 @@ int main(int argc, char **argv) {
     test_mended();
     test_in_part();
     test_captured_after_it();
+    test_order();
     CHECK_CUDA(cuda()->stream_destroy(stream));
     fixture_close(&f);
     return 0;

@@ -267,7 +267,7 @@ static void test_done_events(const fixture *f) {
 static void test_capture(const fixture *f, int mode) {
     fixture own = *f;
     vmm_spec spec = make_spec(6 * f->granularity_bytes / ROW_BYTES);
-    void *stream = new_stream(), *outside = new_stream(), *graph, *exec;
+    void *stream = new_stream(), *outside = new_stream();
     vmm_event *event;
     int64_t row_shape[] = {1, ROW_BYTES};
     uint8_t host_row[ROW_BYTES] = {0};
@@ -294,10 +294,9 @@ static void test_capture(const fixture *f, int mode) {
     CHECK_OK(vmm_handoff(m.tensor, stream));
     free(dropped.numbers);
     CHECK_OK(vmm_close(dropped.tensor));
-    CHECK_CUDA(cuda()->end_capture(stream, &graph)); /* nothing has invalidated it */
+    void *exec = end_capture(stream); /* nothing has invalidated it */
     CHECK_OK(vmm_pool_capture_end(own.pool));
 
-    CHECK_CUDA(cuda()->instantiate(&exec, graph, 0));
     for (int replay = 0; replay < 3; replay++) {
         CHECK_CUDA(cuda()->graph_launch(exec, stream));
         CHECK_OK(vmm_advance(m.tensor, 10));
@@ -307,7 +306,6 @@ static void test_capture(const fixture *f, int mode) {
     CHECK_CUDA(cuda()->stream_synchronize(stream));
     model_check(&m);
     CHECK_CUDA(cuda()->graph_exec_destroy(exec));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
     free_rows(f, &r);
     wait_for_unpinned(m.tensor);
     model_close(&m);
@@ -321,7 +319,7 @@ static void test_capture(const fixture *f, int mode) {
 static void test_capture_without_brackets(const fixture *f) {
     fixture own = *f;
     vmm_spec spec = make_spec(6 * f->granularity_bytes / ROW_BYTES);
-    void *stream = new_stream(), *graph;
+    void *stream = new_stream();
     vmm_pool_stats stats;
 
     CHECK_OK(vmm_pool_create(f->device, f->granularity_bytes, 0, &own.pool));
@@ -335,11 +333,10 @@ static void test_capture_without_brackets(const fixture *f) {
     model_grow(&m, vmm_mapped(m.tensor) - m.length, false);
     CHECK_CUDA(cuda()->begin_capture(stream, CUDA_CAPTURE_GLOBAL));
     submit_row(&m, &r, 1, stream);
-    CHECK_CUDA(cuda()->end_capture(stream, &graph));
+    drop_capture(stream);
     CHECK_OK(vmm_pool_statistics(own.pool, &stats));
     CHECK_SIZE(stats.driver_calls[VMM_CALL_fence], 0);
     CHECK_SIZE(stats.queued_bytes, f->granularity_bytes);
-    CHECK_CUDA(cuda()->graph_destroy(graph));
     free_rows(f, &r);
     model_close(&closed);
     model_close(&m);

@@ -207,16 +207,12 @@ static void *write_rows(void *argument) {
 /* ---- graphs ------------------------------------------------------------------------------------ */
 
 static void *capture(subject *s) {
-    void *graph, *exec;
-
     pthread_rwlock_wrlock(&captures);
     sim_fail_none();
     vmm_array source = make_source(s, s->n_lanes, 1);
     CHECK_CUDA(cuda()->begin_capture(s->stream, CUDA_CAPTURE_THREAD_LOCAL));
     CHECK_OK(vmm_append(s->tensor, &source, s->stream));
-    CHECK_CUDA(cuda()->end_capture(s->stream, &graph));
-    CHECK_CUDA(cuda()->instantiate(&exec, graph, 0));
-    CHECK_CUDA(cuda()->graph_destroy(graph));
+    void *exec = end_capture(s->stream);
     pthread_rwlock_unlock(&captures);
     return exec;
 }

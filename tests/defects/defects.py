@@ -151,6 +151,16 @@ DEFECTS = [
         C.format("test_budget"),
     ),
     Defect(
+        "own-spare",
+        "where memory is short, growth takes its own spare blocks whole",
+        "libvmm/src/tensor.c",
+        replaces(
+            "            pool_empty_queue(tensor->pool, tensor->driver_calls, stream);\n",
+            "            continue;\n",
+        ),
+        C.format("test_auto_pressure"),
+    ),
+    Defect(
         "taken-over",
         "a closed tensor's range is taken over while the device may still touch it",
         "libvmm/src/queue.c",
@@ -174,6 +184,13 @@ DEFECTS = [
         replaces(
             "    if (over_budget(work->pool, bytes))\n        return VMM_ERR_OUT_OF_MEMORY;\n", ""
         ),
+        C.format("test_lookahead"),
+    ),
+    Defect(
+        "ahead-forget",
+        "look-ahead maps for a tensor that has been closed since it was looked at",
+        "libvmm/src/pool.c",
+        replaces("    lookahead_forget_locked(pool, entry);\n", ""),
         C.format("test_lookahead"),
     ),
     Defect(
@@ -303,6 +320,16 @@ DEFECTS = [
         replaces(
             "if (!cursor || !cursor->may_differ)\n            continue;",
             "if (!cursor || !cursor->may_differ || cursor->stale)\n            continue;",
+        ),
+        C.format("test_stale"),
+    ),
+    Defect(
+        "stale-order",
+        "a cursor is set anew beside what a truncation that failed has launched elsewhere",
+        "libvmm/src/cursor.c",
+        replaces(
+            "    if (status != VMM_ERR_CAPTURING && on_device(tensor))\n",
+            "    if (!status && on_device(tensor))\n",
         ),
         C.format("test_stale"),
     ),

@@ -14,7 +14,7 @@ import pyvmm
 from conftest import SIMULATED
 from cuda_helper import Capture, InterfaceArray
 from model import pattern, same
-from support import close_after_graphs, to_numpy
+from support import close_after_graphs, run_python, to_numpy
 
 N_REPLAYS = 300 if SIMULATED else 10_000
 
@@ -241,6 +241,49 @@ def test_advance_many_follows_all_that_can(cuda, streams, arrays):
     graph.close()
     for t in ts:
         close_after_graphs(t)
+
+
+def test_advance_that_waits_lets_other_threads_run(simulator):
+    """Setting the cursor has failed, so advance looks where it is: behind work that another thread
+    lets go on, once the driver has been called for that."""
+    run_python("""
+        import signal, threading, time
+        import numpy as np
+        import pyvmm
+        import cuda_helper
+        from cuda_helper import Capture, InterfaceArray, Stream
+        signal.alarm(30)
+        sim, stream = cuda_helper.load(), Stream()
+        t = pyvmm.empty((0, 4), "float32", axis=0, capacity=100, device="cuda:0")
+        x = InterfaceArray(np.ones((1, 4), "float32"), stream)
+
+        def let_go(calls, done):
+            while sim.vmm_sim_calls(b"*") == calls:
+                time.sleep(0.001)
+            sim.vmm_sim_go()
+            done.append(True)
+
+        for advance in (t.advance, lambda n: pyvmm.advance_many([t], n)):
+            with Capture(stream) as graph:
+                t.append(x)
+            t.map(10)
+            sim.vmm_sim_fail(b"cuLaunchKernel", 2, 719, 1)
+            try:
+                t.append(x)
+            except pyvmm.VMMError as error:
+                assert error.operation == cuda_helper.driver_name("cuLaunchKernel")
+            else:
+                raise SystemExit("no error")
+            sim.vmm_sim_hold()
+            graph.launch(stream)
+            done, length = [], t.length
+            thread = threading.Thread(target=let_go, args=(sim.vmm_sim_calls(b"*"), done))
+            thread.start()
+            advance(1)
+            assert done == [True] and t.length == length + 1
+            thread.join()
+            graph.close()
+    """)
 
 
 class Owner:

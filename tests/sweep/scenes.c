@@ -351,6 +351,17 @@ static void check_appended_two(world *w) {
     world_appended(SECOND, &w->sources[1]);
 }
 
+/* The first has a spare block of four, of which it needs one, and the second three: a budget that
+ * both need whole. */
+static void append_over_a_spare(world *w) {
+    vmm_spec spec = world_spec(w);
+    model *m = world_tensor(w, &spec, 8 * FIRST_ROWS);
+    CHECK_OK(vmm_map(m->tensor, 8 * FIRST_ROWS + 1));
+    CHECK_OK(vmm_trim(m->tensor));
+    world_rows(w, m, 1, VMM_MEMORY_DEVICE, DENSE);
+    world_rows(w, world_tensor(w, &spec, 0), MORE_ROWS, VMM_MEMORY_DEVICE, DENSE);
+}
+
 /* So many dimensions that the kernel needs the wide form of its jobs. */
 static vmm_spec wide_spec(const world *w) {
     static const int64_t shape[] = {2, 0, 2, 2, 2, 2, 16};
@@ -823,6 +834,8 @@ const scene scenes[] = {
     {"trim", ONE_BLOCKS, more_mapped, run_trim, check_trim, 0},
     {"fork", SUBMITS | TAKES_ADDRESSES, one_tensor, run_fork, check_fork, 0},
     {"cursor", ONE_BLOCKS, one_tensor, run_cursor, check_cursor, 0},
+    {"append_many, over a spare block", CUDA_ONLY | ONE_LAYOUT | ONE_BLOCKS | ONE_SIZE | FENCES |
+     SUBMITS | SHORT, append_over_a_spare, run_append_two, check_appended_two, 28},
     {"append_many, with cursors", SUBMITS, append_with_cursors, run_append_two,
      check_appended_with_cursors, 0},
     {"append_many, captured", SUBMITS | CUDA_ONLY, append_captured, run_captured, check_captured,

@@ -100,6 +100,7 @@ enum {
     CLOSES = 64,           /* its callback may have closed a tensor */
     TAKES_ADDRESSES = 128, /* running out of them is VMM_ERR_DRIVER: no memory would help */
     BUSY = 256,            /* the device answers the first query that it is not ready */
+    SHORT = 1024,          /* the budget has refused a block before: of that is the error then */
 };
 
 extern const scene scenes[];
