@@ -32,6 +32,7 @@ def empty(
     pool: Pool | None = None,
     zero: bool = False,
 ) -> VTensor: ...
+def map_many(tensors: Sequence[VTensor], n: SupportsIndex | Sequence[SupportsIndex]) -> None: ...
 
 @final
 class VTensor(TensorCore, _Rows):
