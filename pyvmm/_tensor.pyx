@@ -529,16 +529,17 @@ cdef class VTensor(TensorCore):
         advance(), and while appends of such a graph are being captured."""
         cdef vmm_status status
         cdef vmm_tensor *handle = self.enter("trim")
-        self.n_trims += 1
+        self.n_given_up += 1
         with nogil:
             status = vmm_trim(handle)
         self.leave()
         check(status)
 
     @property
-    def _trims(self):
-        """How often trim() has been called: rows mapped since may be of other memory."""
-        return self.n_trims
+    def _given_up(self):
+        """How often truncate() and trim() have been called: what lies behind the length may be
+        anything since."""
+        return self.n_given_up
 
     def fork(self, n=None):
         """A new VTensor with a copy of the first n rows, by default all; both grow on their

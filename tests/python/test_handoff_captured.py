@@ -1034,6 +1034,81 @@ def test_rows_past_the_length_are_finite(place):
             assert torch.isfinite(whole[:, :, : (i + 256) // 256 * 256 + 256]).all()
 
 
+def lanes_of(place, n_lanes=3, capacity=4096):
+    device = "host" if place == "cpu" else "cuda:0"
+    t = pyvmm.empty((n_lanes, 0, 8), axis=1, capacity=capacity, device=device, layout="lane")
+    return t, torch.from_dlpack(t.reserved())
+
+
+def assert_finite_behind(t, n_ahead=_graphs.TILE):
+    whole = torch.from_dlpack(t.reserved())
+    for lane, length in enumerate(t.lengths):
+        assert torch.isfinite(whole[lane, length : length + n_ahead]).all(), (lane, length)
+
+
+def test_rows_behind_shorter_lanes_are_finite(place):
+    """Of a batch of sequences of different lengths, each has a tile behind it that can be read."""
+    t, whole = lanes_of(place)
+    t.map(4096)
+    whole.fill_(torch.nan)  # what recycled memory may hold
+    x = torch.ones(3, 300, 8, device=place)
+    t.append(x, counts=[300, 0, 17])
+    step = pyvmm.torch._capture(lambda x: t.append(x) or x, t, graphs_of(place))
+    new = torch.full((3, 1, 8), 2.0, device=place)
+    for _ in range(3):
+        step(new)
+        assert_finite_behind(t)
+    assert t.lengths == (303, 3, 20)
+    # Rows of the others' are left, and those that were theirs are not read as they were.
+    t.truncate(100, lanes=[0])
+    t.append(x.fill_(torch.nan), counts=[0, 100, 290])
+    t.truncate([3, 20], lanes=[1, 2])
+    for _ in range(300):
+        step(new)
+        assert_finite_behind(t)
+    assert t.lengths == (400, 303, 320)
+    for lane, n_first in enumerate((100, 0, 17)):
+        assert (whole[lane, :n_first] == 1).all()
+        length = t.lengths[lane]
+        assert (whole[lane, length - 300 : length] == 2).all()
+
+
+def test_rows_that_another_appended_to_a_longer_lane_are_cleared_in_the_others(place):
+    t, whole = lanes_of(place, n_lanes=2)
+    step = pyvmm.torch._capture(lambda x: t.append(x) or x, t, graphs_of(place))
+    step(torch.ones(2, 1, 8, device=place))
+    before = t.mapped
+    t.append(torch.ones(2, 1500, 8, device=place), counts=[1500, 0])
+    whole[1, before : t.mapped] = torch.nan  # what new memory may hold
+    whole[0, 1501 : t.mapped] = torch.nan
+    for _ in range(before):
+        step(torch.ones(2, 1, 8, device=place))
+        assert_finite_behind(t)
+
+
+def test_rows_that_were_appended_and_taken_back_are_cleared(place):
+    """Also where the length is what it was."""
+    t, whole = lanes_of(place)
+    step = pyvmm.torch._capture(lambda x: t.append(x) or x, t, graphs_of(place))
+    new = torch.ones(3, 1, 8, device=place)
+    step(new)
+    t.append(torch.full((3, 50, 8), torch.nan, device=place))
+    t.truncate(1)
+    step(new)
+    assert t.length == 2
+    assert_finite_behind(t)
+
+
+def test_a_tensor_that_is_listed_twice(place):
+    """Each replay is counted once."""
+    t, whole = lanes_of(place)
+    step = pyvmm.torch._capture(lambda x: t.append(x) or x, [t, [t]], graphs_of(place))
+    for _ in range(3):
+        step(torch.ones(3, 1, 8, device=place))
+    assert t.length == 3
+    assert (whole[:, :3] == 1).all()
+
+
 def test_capacity_ends_a_loop_and_loses_nothing(place):
     device = "host" if place == "cpu" else "cuda:0"
     t = pyvmm.empty((0, 4), capacity=5, device=device)
@@ -1345,6 +1420,89 @@ def test_rows_that_came_back_from_trim_are_cleared_again():
     recorded.replay()
     assert t.length == length + 1
     assert torch.isfinite(recorded._whole[0][length : length + 1 + _graphs.TILE]).all()
+
+
+class Overflowing(_graphs.EagerGraph):
+    """A replay before the next one has overflowed, where `is_over` says so."""
+
+    is_over = False
+    n_replays = 0
+
+    def check(self, tensors, n_rows):
+        if self.is_over:
+            type(self).is_over = False
+            raise pyvmm.CapacityError("overflow")
+
+    def replay(self):
+        type(self).n_replays += 1
+        super().replay()
+
+
+def test_an_overflow_of_before_is_said_before_anything_has_run():
+    class Graph(Overflowing):
+        pass
+
+    t = pyvmm.empty((0, 8), axis=0, capacity=1000)
+    x = torch.ones(1, 8)
+    recorded = _graphs.Recorded(lambda: t.append(x), [t], torch.device("cpu"), Graph)
+    recorded.replay()
+    Graph.is_over = True
+    with pytest.raises(pyvmm.CapacityError):
+        recorded.replay()
+    assert Graph.n_replays == t.length == 1
+    recorded.replay()
+    assert Graph.n_replays == t.length == 2
+
+
+def test_an_overflow_of_another_graph(cuda):
+    t, whole = lanes_of("cuda", n_lanes=1, capacity=1 << 20)
+    new = torch.ones(1, 1, 8, device=cuda)
+    step = pyvmm.torch.capture(lambda x: t.append(x) or x, t)
+    step(new)
+    other = _graphs.CudaGraph(cuda)
+    other.record(lambda: t.append(new), lambda: None, [t.pool])
+    t.grow(t.mapped - t.length)
+    length = t.length
+    other.replay()
+    torch.cuda.synchronize()
+    with pytest.raises(pyvmm.CapacityError, match="overflow"):
+        step(2 * new)
+    torch.cuda.synchronize()
+    assert t.length == torch.from_dlpack(t.cursor).item() == length
+    step(3 * new)
+    assert t.length == torch.from_dlpack(t.cursor).item() == length + 1
+    assert (whole[0, length] == 3).all()
+
+
+@pytest.mark.parametrize("n_rows", [3, 45, 144])
+@pytest.mark.parametrize("n_tensors", [2, 5])
+def test_a_replay_has_what_fits_for_all_together(n_rows, n_tensors):
+    """From a prompt that fills the budget but for the tile that a replay may read. Mapped one after
+    the other, the first would take more than it needs."""
+    tile, dim = 128, 128
+    n_bytes = n_tensors * (n_rows + tile) * dim * 8 * 4
+    with pyvmm.Pool("host", max_bytes=n_bytes) as pool:
+        tensors = [
+            pyvmm.empty((1, 0, 8, dim), axis=1, capacity=1 << 16, device="host", pool=pool)
+            for _ in range(n_tensors)
+        ]
+        pyvmm.append_many(tensors, [torch.ones(1, n_rows, 8, dim)] * n_tensors)
+        x = torch.ones(1, 1, 8, dim)
+        found = set()
+
+        def run():
+            found.update((t.length, t.mapped) for t in tensors)
+            for t in tensors:
+                t.append(x)
+
+        recorded = _graphs.Recorded(run, tensors, x.device, _graphs.EagerGraph)
+        recorded.replay()
+        assert found == {(n_rows, n_rows + tile)}
+        with pytest.raises(pyvmm.OutOfMemoryError):
+            recorded.replay()
+        del recorded
+        for t in tensors:
+            assert torch.equal(torch.from_dlpack(t), x.expand(1, n_rows + 1, 8, dim))
 
 
 def test_replays_to_the_end_of_a_budget():
