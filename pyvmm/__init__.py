@@ -20,7 +20,7 @@ from pyvmm._device import device_info, devices, library_version
 from pyvmm._error import CapacityError, OutOfMemoryError, VMMError
 from pyvmm._graph_pins import GraphPins
 from pyvmm._pool import Pool, default_pool
-from pyvmm._tensor import VTensor, empty
+from pyvmm._tensor import VTensor, empty, map_many
 from pyvmm._view import View
 
 __version__ = library_version()
@@ -43,6 +43,7 @@ __all__ = [
     "devices",
     "empty",
     "get_include",
+    "map_many",
 ]
 
 

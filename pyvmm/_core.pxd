@@ -36,7 +36,7 @@ cdef class TensorCore:
     cdef vmm_pin *interface_pin  # see __cuda_array_interface__
     cdef Py_ssize_t interface_rows
     cdef Link *views
-    cdef Py_ssize_t n_trims
+    cdef Py_ssize_t n_given_up  # calls that gave up rows, or memory behind them
 
     # Calls that let other threads run shut them out: the thread inside, 0 for none, by this
     # object and by any object of the same tensor.

@@ -160,6 +160,7 @@ cdef class TensorCore:
     cdef void mark_stale(self, Py_ssize_t n_rows) noexcept:
         """Rows from here on have been truncated away: views that show one are none any more."""
         cdef Link *link = self.views
+        self.n_given_up += 1
         while link != NULL:
             link.stale = link.stale or link.stop > n_rows
             link = link.next

@@ -21,7 +21,7 @@ from pyvmm._cursor import advance_many
 from pyvmm._error import CapacityError, OutOfMemoryError, VMMError
 from pyvmm._graph_pins import GraphPins
 from pyvmm._pool import Pool
-from pyvmm._tensor import VTensor
+from pyvmm._tensor import VTensor, map_many
 
 # Kernels may read whole tiles past the length: what they find there is mapped, and finite. This
 # bounds their keys.
@@ -59,6 +59,7 @@ class Graph(Protocol):
     def record(
         self, run: Callable[[], None], warm_up: Callable[[], None], pools: Iterable[Pool]
     ) -> None: ...
+    def check(self, tensors: Iterable[VTensor], n_rows: Iterable[int]) -> None: ...
     def replay(self) -> None: ...
     def follow(self, tensors: Iterable[VTensor], n_rows: Iterable[int]) -> None: ...
 
@@ -114,6 +115,11 @@ class CudaGraph:
             torch._C._cuda_endAllocateToPool(self._index, memory)
             torch._C._cuda_releasePool(self._index, memory)
 
+    def check(self, tensors: Iterable[VTensor], n_rows: Iterable[int]) -> None:
+        """Raises CapacityError where a replay has overflowed since the last look, of this graph or
+        of another that appends to one of these."""
+        advance_many([t for t, n in zip(tensors, n_rows, strict=True) if n], 0)
+
     def replay(self) -> None:
         with torch.cuda.device(self._device):
             self._graph.replay()
@@ -142,6 +148,9 @@ class EagerGraph:
     ) -> None:
         warm_up()
         self._run = run
+
+    def check(self, tensors: Iterable[VTensor], n_rows: Iterable[int]) -> None:
+        """Nothing: what does not fit is refused."""
 
     def replay(self) -> None:
         assert self._run is not None
@@ -199,10 +208,10 @@ class Recorded:
         # Whole reservations, to clear rows that no append has written.
         with torch.inference_mode(False):
             self._whole = [from_dlpack(tensor.reserved()) for tensor in self.tensors]
-        self._lengths = [-1] * len(self.tensors)
-        # Rows from which on nothing is known to be finite, for each tensor.
+        # For each tensor, the row up to which all is finite that lies behind a lane's length, as
+        # long as nothing has been given up since.
         self._clean = [0] * len(self.tensors)
-        self._trims = [0] * len(self.tensors)
+        self._given_up = [-1] * len(self.tensors)
         self._tiles = [_tile_of(tensor) for tensor in self.tensors]
         # Lengths at which no more is asked for than a replay needs: memory was short.
         self._short = range(0)
@@ -256,32 +265,28 @@ class Recorded:
                 # Another thread may have ended the capture by what it did; so once more.
                 if is_last or not is_warm:
                     raise CannotCapture(_cause(error, handled)) from error
-        self._lengths = [tensor.length for tensor in self.tensors]
         return graph
 
     def replay(self) -> None:
         """Once more: memory ahead where there is none yet, the graph, the host's lengths.
 
-        Raises pyvmm.CapacityError and pyvmm.OutOfMemoryError before anything has happened."""
+        Raises pyvmm.CapacityError and pyvmm.OutOfMemoryError before anything has run. But where
+        this replay itself has overflowed, since another thread has trimmed a tensor meanwhile or
+        replays that nobody follows have used up its rows, CapacityError comes when that is seen:
+        after it, or before the next one. Then truncate the tensors to the rows that are right."""
         self._map_ahead()
+        self._graph.check(self.tensors, self.n_rows)
         self._graph.replay()
         self._graph.follow(self.tensors, self.n_rows)
-        self._lengths = [tensor.length for tensor in self.tensors]
         # For the next one, while the device is at this one. What fails is said when it is due.
         with contextlib.suppress(CapacityError, OutOfMemoryError):
             self._map_ahead()
 
     def _map_ahead(self) -> None:
         """The rows that the next replay may touch, and a tile more where there is memory for it."""
-        for i, tensor in enumerate(self.tensors):
-            if (
-                tensor.length != self._lengths[i]
-                or tensor.mapped < self._clean[i]
-                or tensor._trims != self._trims[i]
-            ):
-                self._clean[i], self._trims[i] = tensor.length, tensor._trims
-            if tensor.length + self.n_rows[i] > tensor.capacity:
-                tensor.map(tensor.length + self.n_rows[i])  # raises CapacityError
+        for tensor, n_rows in zip(self.tensors, self.n_rows, strict=True):
+            if tensor.length + n_rows > tensor.capacity:
+                tensor.map(tensor.length + n_rows)  # raises CapacityError
         longest = max((tensor.length for tensor in self.tensors), default=0)
         if longest not in self._short:
             try:
@@ -302,30 +307,38 @@ class Recorded:
 
     def _map_clean(self, n_ahead: list[int]) -> None:
         """So many rows more than those of a replay, mapped and finite."""
-        has_grown = False
-        try:
-            for i, tensor in enumerate(self.tensors):
-                n_rows = min(tensor.length + self.n_rows[i] + n_ahead[i], tensor.capacity)
-                if self._clean[i] >= n_rows:
-                    continue
-                mapped = tensor.mapped
-                with CAPTURE:  # new memory may have to be waited for
-                    tensor.map(n_rows)
-                has_grown |= tensor.mapped > mapped
-                fresh = tensor.mapped - self._clean[i]
-                self._whole[i].narrow(tensor.axis, self._clean[i], fresh).zero_()
-                self._clean[i] = tensor.mapped
-        finally:
-            self.n_growths += has_grown
+        due = {}
+        for i, tensor in enumerate(self.tensors):
+            if self._given_up[i] != tensor._given_up:
+                self._clean[i], self._given_up[i] = 0, tensor._given_up
+            n_rows = min(tensor.length + self.n_rows[i] + n_ahead[i], tensor.capacity)
+            if self._clean[i] < n_rows:
+                due[i] = n_rows
+        if not due:
+            return
+        mapped = {i: self.tensors[i].mapped for i in due}
+        with CAPTURE:  # new memory may have to be waited for
+            map_many([self.tensors[i] for i in due], list(due.values()))
+        self.n_growths += any(self.tensors[i].mapped > n for i, n in mapped.items())
+        for i in due:
+            self._clear(i)
+
+    def _clear(self, i: int) -> None:
+        """What has been mapped of a tensor and is not known to be finite, behind its lengths."""
+        tensor, whole = self.tensors[i], self._whole[i]
+        starts = [max(length, self._clean[i]) for length in tensor.lengths]
+        lanes = [whole] if len(set(starts)) == 1 else whole.split(1)
+        for lane, start in zip(lanes, starts, strict=False):
+            lane.narrow(tensor.axis, start, tensor.mapped - start).zero_()
+        self._clean[i] = tensor.mapped
 
     def _give_back(self) -> None:
         """What some tensors have mapped ahead, others may need now."""
         pools = {id(tensor.pool): tensor.pool for tensor in self.tensors}
         # Elsewhere a capture may forbid it; then what is missing is said by whoever lacks it.
         with CAPTURE, contextlib.suppress(VMMError):
-            for i, tensor in enumerate(self.tensors):
+            for tensor in self.tensors:
                 tensor.trim()
-                self._clean[i] = min(self._clean[i], tensor.mapped)
             for pool in pools.values():
                 pool.trim(wait=True)  # a tensor's own next growth would take it as it is
 

@@ -143,6 +143,7 @@ cdef extern from "vmm.h" nogil:
     # ---- growing, appending, shrinking
     size_t vmm_length_count(const vmm_tensor *tensor)
     vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows)
+    vmm_status vmm_map_many(size_t n_tensors, vmm_tensor **tensors, const size_t *n_rows)
     vmm_status vmm_grow(vmm_tensor *tensor, size_t n_rows, void **out)
 
     ctypedef enum vmm_memory:

@@ -5,6 +5,8 @@ from operator import index
 
 cimport cython
 from cpython.buffer cimport Py_buffer
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.slice cimport PySlice_AdjustIndices, PySlice_Check, PySlice_Unpack
 from libc.stdint cimport int64_t
 
@@ -34,6 +36,7 @@ from pyvmm._libvmm cimport (
     vmm_layout,
     vmm_length,
     vmm_map,
+    vmm_map_many,
     vmm_mapped,
     vmm_pin,
     vmm_pool,
@@ -191,6 +194,62 @@ cdef object _check_layout(object layout):
     if layout is None or (isinstance(layout, str) and layout in _LAYOUTS):
         return layout
     raise ValueError(f"unknown layout {layout!r}: known are {', '.join(map(repr, _LAYOUTS))}")
+
+
+# ---- several at once --------------------------------------------------------------
+
+def map_many(tensors, n):
+    """Back the first rows of these VTensors with memory, of all or of none: their
+    VTensor.map() in one call.
+
+    tensors: VTensors of one device, each at most once
+    n:       how many rows: one number, or one for each of them
+
+    Where memory is short, what fits for all together is had; mapped one after the other, the
+    first could take what the last needs.
+    Raises what map() does, and TypeError or ValueError for such a list; then no tensor has
+    changed."""
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError("map_many takes a list of tensors")
+    cdef tuple targets = tuple(tensors)  # the caller's list may change meanwhile
+    cdef Py_ssize_t i, n_tensors = len(targets)
+    for tensor in targets:
+        if not isinstance(tensor, TensorCore):
+            raise TypeError(f"map_many takes VTensors, not {type(tensor).__name__}")
+    cdef tuple given = tuple(n) if hasattr(n, "__len__") else (n,) * n_tensors
+    if len(given) != n_tensors:
+        raise ValueError(f"{n_tensors} tensors and {len(given)} numbers of rows")
+    # One more than there are: never nothing.
+    cdef vmm_tensor **handles = <vmm_tensor **>PyMem_Malloc((n_tensors + 1) * sizeof(vmm_tensor *))
+    cdef size_t *n_rows = <size_t *>PyMem_Malloc((n_tensors + 1) * sizeof(size_t))
+    try:
+        if handles == NULL or n_rows == NULL:
+            raise MemoryError
+        for i in range(n_tensors):
+            n_rows[i] = row_count(given[i], "n")
+        _map_all(targets, handles, n_rows)
+    finally:
+        PyMem_Free(handles)
+        PyMem_Free(n_rows)
+
+
+cdef int _map_all(tuple tensors, vmm_tensor **handles, const size_t *n_rows) except -1:
+    """`handles` is room for as many."""
+    cdef unsigned long me = PyThread_get_thread_ident()
+    cdef Py_ssize_t i = 0, n = len(tensors)
+    cdef vmm_status status
+    while i < n:
+        # All at once, or two threads could wait for each other's tensors.
+        i = i + 1 if (<TensorCore>tensors[i]).available("map") else 0
+    for i in range(n):
+        (<TensorCore>tensors[i]).take(me)
+        handles[i] = (<TensorCore>tensors[i]).handle
+    with nogil:
+        status = vmm_map_many(n, handles, n_rows)
+    for i in range(n):
+        (<TensorCore>tensors[i]).leave()
+    check_after_callbacks(status)
+    return 0
 
 
 # ---- the tensor -------------------------------------------------------------------
@@ -472,16 +531,17 @@ cdef class VTensor(TensorCore):
         advance(), and while appends of such a graph are being captured."""
         cdef vmm_status status
         cdef vmm_tensor *handle = self.enter("trim")
-        self.n_trims += 1
+        self.n_given_up += 1
         with nogil:
             status = vmm_trim(handle)
         self.leave()
         check(status)
 
     @property
-    def _trims(self):
-        """How often trim() has been called: rows mapped since may be of other memory."""
-        return self.n_trims
+    def _given_up(self):
+        """How often truncate() and trim() have been called: what lies behind the length may be
+        anything since."""
+        return self.n_given_up
 
     def fork(self, n=None):
         """A new VTensor with a copy of the first n rows, by default all; both grow on their

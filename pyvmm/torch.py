@@ -258,19 +258,21 @@ def capture(fn: Callable[..., Any], cache: Any) -> CapturedStep:
     The step takes what fn takes. Its first call, and the first with tensors of another shape or
     dtype, runs fn twice, the second time under capture; what the first appended is dropped, so
     fn must not count its calls. Each call copies the inputs to the graph's own, backs the rows
-    of the step and those to the end of the tile that follows with zeroed memory, replays, and
-    advances the tensors' lengths. What it returns is the graph's own memory: the next call
-    writes over it.
+    of the step and those to the end of the tile that follows with zeroed memory, behind each lane
+    of a ragged tensor, replays, and advances the tensors' lengths. What it returns is the graph's
+    own memory: the next call writes over it.
 
     Without a GPU fn is called as it is, which is said once as a RuntimeWarning. The step raises
-    pyvmm.CapacityError and pyvmm.OutOfMemoryError, with the cache as it was, and RuntimeError
-    for a function that cannot be captured. Raises TypeError, ValueError for a `cache` without
-    tensors or of several devices."""
+    pyvmm.CapacityError and pyvmm.OutOfMemoryError before it runs, with the cache as it was, and
+    RuntimeError for a function that cannot be captured. Where it has overflowed itself, since
+    another thread has trimmed a tensor meanwhile or replays that nobody follows have used up its
+    rows, CapacityError comes after it: truncate the tensors to the rows that are right.
+    Raises TypeError, ValueError for a `cache` without tensors or of several devices."""
     return _capture(fn, cache, None)
 
 
 def _capture(fn: Callable[..., Any], cache: Any, make_graph: type[Graph] | None) -> CapturedStep:
-    tensors = tuple(tensors_of(cache))
+    tensors = tuple(dict.fromkeys(tensors_of(cache)))
     if not tensors:
         raise ValueError("the cache lists no VTensors: make them, or fill it, first")
     names = {tensor.device for tensor in tensors}

@@ -445,6 +445,14 @@ VMM_API const size_t *vmm_lengths(vmm_tensor *tensor);
  * the device. */
 VMM_API vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows);
 
+/* vmm_map_many() - back the first n_rows[i] rows of tensors[i], of all or of none. The tensors are
+ * of one device, and each is named once. Where memory is short, those of VMM_BLOCK_AUTO take no
+ * more than they need, so that what fits in all is had: one after the other, the first could take
+ * what the last needs.
+ * Returns VMM_ERR_INVALID, and what vmm_map() does. Cost: vmm_map()'s of each; where the last
+ * writes to them were on different streams, the question for each whether it is captured. */
+VMM_API vmm_status vmm_map_many(size_t n_tensors, vmm_tensor *const *tensors, const size_t *n_rows);
+
 /* vmm_grow() - take the next `n_rows` rows into use.
  * Backs them with memory where they are not backed yet, and stores the address of the
  * first in `out` (in the first lane; NULL if it is not wanted). Rows already in use keep
@@ -589,8 +597,9 @@ VMM_API void vmm_event_close(vmm_event *event); /* NULL is ignored */
  *
  * The kernel knows how many rows are mapped. Past them it writes nothing, moves no cursor and
  * sets a flag, which vmm_advance() reports. vmm_map() has told the device when it returns, so
- * it must return before the graph is launched. A graph that appends several times, or to several
- * tensors, overflows for each tensor by itself; truncate those that are ahead.
+ * it must return before the graph is launched. For a graph that appends to several tensors there is
+ * vmm_map_many(). One that does, or that appends several times, overflows for each tensor by itself;
+ * truncate those that are ahead.
  *
  * Between a replay and its vmm_advance(), vmm_grow(), vmm_append() and vmm_trim() return
  * VMM_ERR_BUSY. To be certain of that they wait for the device, as long as a graph lives that

@@ -119,23 +119,6 @@ static vmm_status check_source(const vmm_tensor *tensor, const vmm_array *source
     return check_memory(tensor, source);
 }
 
-static vmm_status check_tensors(size_t n_tensors, vmm_tensor *const *tensors) {
-    for (size_t i = 0; i < n_tensors; i++) {
-        vmm_status status = tensor_check(tensors[i], operation);
-        if (status)
-            return status;
-        if (tensors[i]->pool->device != tensors[0]->pool->device)
-            return vmm_fail(VMM_ERR_INVALID, operation,
-                            "tensors of different devices (%s and %s) in one append",
-                            tensors[0]->pool->device->name, tensors[i]->pool->device->name);
-        for (size_t j = 0; j < i; j++)
-            if (tensors[j] == tensors[i])
-                return vmm_fail(VMM_ERR_INVALID, operation,
-                                "the same tensor stands twice in one append");
-    }
-    return VMM_OK;
-}
-
 /* ---- copying ---------------------------------------------------------------------------- */
 
 static void plan_append(copy_plan *plan, const vmm_tensor *tensor, const vmm_array *source) {
@@ -439,7 +422,7 @@ static vmm_status append(size_t n_tensors, vmm_tensor *const *tensors, const vmm
         return VMM_OK;
     if (!tensors || !sources)
         return vmm_fail(VMM_ERR_INVALID, operation, "tensors or sources is NULL");
-    vmm_status status = check_tensors(n_tensors, tensors);
+    vmm_status status = tensor_check_many(n_tensors, tensors, operation);
     if (status)
         return status;
     bool from_host = false, any = false;

@@ -183,6 +183,23 @@ vmm_status tensor_check(const vmm_tensor *tensor, const char *operation) {
     return VMM_OK;
 }
 
+vmm_status tensor_check_many(size_t n_tensors, vmm_tensor *const *tensors, const char *operation) {
+    for (size_t i = 0; i < n_tensors; i++) {
+        vmm_status status = tensor_check(tensors[i], operation);
+        if (status)
+            return status;
+        if (tensors[i]->pool->device != tensors[0]->pool->device)
+            return vmm_fail(
+                VMM_ERR_INVALID, operation, "tensors of different devices (%s and %s) in one %s",
+                tensors[0]->pool->device->name, tensors[i]->pool->device->name, operation);
+        for (size_t j = 0; j < i; j++)
+            if (tensors[j] == tensors[i])
+                return vmm_fail(VMM_ERR_INVALID, operation,
+                                "the same tensor stands twice in one %s", operation);
+    }
+    return VMM_OK;
+}
+
 vmm_status tensor_fail_capacity(const vmm_tensor *tensor, const char *operation, size_t n_rows) {
     return vmm_fail(VMM_ERR_CAPACITY, operation,
                     "%zu more row(s) after %zu exceed the capacity of %zu: reserve a larger "
@@ -230,6 +247,7 @@ static vmm_status try_map(size_t n, tensor_growth *growths, bool fit, vmm_stream
         vmm_tensor *tensor = growth->tensor;
         growth->change = (range_change){0};
         *reached = i;
+        growth->n_rows_before = tensor->mapped;
         if (growth->n_rows <= tensor->mapped)
             continue;
         status = range_map(&growth->change, tensor->range, lane_bytes_of(growth), fit,
@@ -295,37 +313,90 @@ vmm_status tensor_map(size_t n, tensor_growth *growths, vmm_stream stream) {
     return status;
 }
 
-vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows) {
-    vmm_status status = tensor_check(tensor, "map");
-    if (status)
-        return status;
-    if (n_rows > tensor->spec.capacity)
-        return vmm_fail(VMM_ERR_CAPACITY, "map",
-                        "%zu rows exceed the capacity of %zu: reserve a "
-                        "larger one (address space costs no memory)",
-                        n_rows, tensor->spec.capacity);
-    if (n_rows <= tensor->mapped)
-        return cursor_show_mapped(tensor, tensor->mapped);
-    tensor_growth growth = {.tensor = tensor, .n_rows = n_rows};
-    size_t before = tensor->mapped;
-    tensor->busy = true;
-    /* It may be called while appends are captured, which a fence must not meet. */
-    status = tensor_map(1, &growth, order_write_stream(tensor));
-    if (!status) {
-        status = cursor_show_mapped(tensor, tensor->mapped);
-        if (!status) {
-            tensor_keep(1, &growth);
-        } else {
-            /* It may have arrived all the same. If the driver does not take this, either, the
-             * memory waits for a fence, and no replay is right any more. */
-            vmm_undo_begin();
-            cursor_show_mapped(tensor, before);
-            vmm_undo_end();
-            tensor_unmap(1, &growth, true);
-        }
-    }
-    tensor->busy = false;
+/* Tell the device of what is mapped now; where that fails, of what was before. */
+static vmm_status show_mapped(size_t n, const tensor_growth *growths) {
+    vmm_status status = VMM_OK;
+    size_t i;
+    for (i = 0; i < n && !status; i++)
+        status = cursor_show_mapped(growths[i].tensor, growths[i].tensor->mapped);
+    if (!status)
+        return VMM_OK;
+    /* It may have arrived all the same. If the driver does not take this, either, no replay is
+     * right any more. */
+    vmm_undo_begin();
+    while (i-- > 0)
+        cursor_show_mapped(growths[i].tensor, growths[i].n_rows_before);
+    vmm_undo_end();
     return status;
+}
+
+/* The stream of the last writes that a fence must not meet: one that is captured, if any is. */
+static vmm_stream stream_of_writes(size_t n_tensors, vmm_tensor *const *tensors) {
+    vmm_stream stream = order_write_stream(tensors[0]);
+    uint64_t capture;
+    vmm_undo_begin(); /* what does not answer is asked again before a fence */
+    for (size_t i = 1; i < n_tensors; i++) {
+        vmm_stream other = order_write_stream(tensors[i]);
+        if (other != stream && (order_capture_of(tensors[i], other, &capture) || capture))
+            stream = other;
+    }
+    vmm_undo_end();
+    return stream;
+}
+
+/* Some of it is missing. */
+static vmm_status map_missing(size_t n_tensors, vmm_tensor *const *tensors, const size_t *n_rows) {
+    tensor_growth one, *growths = &one;
+    if (n_tensors > 1) {
+        growths = malloc(n_tensors * sizeof *growths);
+        if (!growths)
+            return vmm_fail(VMM_ERR_OUT_OF_MEMORY, "map", "no host memory left");
+    }
+    for (size_t i = 0; i < n_tensors; i++) {
+        growths[i] = (tensor_growth){.tensor = tensors[i], .n_rows = n_rows[i]};
+        tensors[i]->busy = true;
+    }
+    /* It may be called while appends are captured, which a fence must not meet. */
+    vmm_status status = tensor_map(n_tensors, growths, stream_of_writes(n_tensors, tensors));
+    if (!status) {
+        status = show_mapped(n_tensors, growths);
+        if (!status)
+            tensor_keep(n_tensors, growths);
+        else /* replays may have seen it, so the memory waits for a fence */
+            tensor_unmap(n_tensors, growths, true);
+    }
+    for (size_t i = 0; i < n_tensors; i++)
+        tensors[i]->busy = false;
+    if (growths != &one)
+        free(growths);
+    return status;
+}
+
+vmm_status vmm_map_many(size_t n_tensors, vmm_tensor *const *tensors, const size_t *n_rows) {
+    if (n_tensors == 0)
+        return VMM_OK;
+    if (!tensors || !n_rows)
+        return vmm_fail(VMM_ERR_INVALID, "map", "tensors or n_rows is NULL");
+    vmm_status status = tensor_check_many(n_tensors, tensors, "map");
+    bool missing = false;
+    for (size_t i = 0; i < n_tensors && !status; i++) {
+        size_t capacity = tensors[i]->spec.capacity;
+        missing |= n_rows[i] > tensors[i]->mapped;
+        if (n_rows[i] > capacity)
+            status = vmm_fail(VMM_ERR_CAPACITY, "map",
+                              "%zu rows exceed the capacity of %zu: reserve a "
+                              "larger one (address space costs no memory)",
+                              n_rows[i], capacity);
+    }
+    if (!status && missing)
+        return map_missing(n_tensors, tensors, n_rows);
+    for (size_t i = 0; i < n_tensors && !status; i++)
+        status = cursor_show_mapped(tensors[i], tensors[i]->mapped);
+    return status;
+}
+
+vmm_status vmm_map(vmm_tensor *tensor, size_t n_rows) {
+    return vmm_map_many(1, &tensor, &n_rows);
 }
 
 /* Zero the rows behind the length. `submitted`: something has been, whatever is returned. */

@@ -71,11 +71,14 @@ struct vmm_tensor {
 
 /* May this call change the tensor: it exists, here, and no growth of it is under way. */
 vmm_status tensor_check(const vmm_tensor *tensor, const char *operation);
+/* May it change all of these: they are of one device, and none stands there twice. */
+vmm_status tensor_check_many(size_t n_tensors, vmm_tensor *const *tensors, const char *operation);
 
 /* Rows [0, n_rows) of a tensor become mapped, in a change that is kept or undone. */
 typedef struct tensor_growth {
     vmm_tensor *tensor;
     size_t n_rows;
+    size_t n_rows_before; /* that were mapped */
     range_change change;
 } tensor_growth;
 

@@ -199,6 +199,40 @@ static void test_note(const fixture *f) {
     CHECK_OK(vmm_pool_close(tight.pool));
 }
 
+/* What one call has, calls one after the other do not: the first takes larger blocks than it needs
+ * while there is memory, and trimming gives these back to be taken again. */
+static void test_map_many(const fixture *f, size_t n_tensors, size_t n_lanes) {
+    size_t each = 45, n_rows[MOST];
+    fixture tight = with_budget(f, each * n_tensors * n_lanes);
+    vmm_tensor *tensors[MOST];
+    model models[MOST];
+    vmm_status status;
+    open_models(&tight, n_tensors, n_lanes, models);
+    for (size_t i = 0; i < n_tensors; i++) {
+        tensors[i] = models[i].tensor;
+        n_rows[i] = each * rows;
+    }
+    for (int round = 0; round < 2; round++) {
+        status = VMM_OK;
+        for (size_t i = 0; i < n_tensors && !status; i++)
+            status = vmm_map(tensors[i], n_rows[i]);
+        CHECK_STATUS(status, VMM_ERR_OUT_OF_MEMORY);
+        for (size_t i = 0; i < n_tensors; i++)
+            CHECK_OK(vmm_trim(tensors[i]));
+        CHECK_OK(vmm_pool_trim(tight.pool, 1));
+    }
+    CHECK_OK(vmm_map_many(n_tensors, tensors, n_rows));
+    CHECK_SIZE(pool_stats(tight.pool).in_use_bytes, each * n_tensors * n_lanes * granule);
+    n_rows[0]++;
+    CHECK_STATUS(vmm_map_many(n_tensors, tensors, n_rows), VMM_ERR_OUT_OF_MEMORY);
+    for (size_t i = 0; i < n_tensors; i++)
+        CHECK_SIZE(vmm_mapped(tensors[i]), each * rows);
+    CHECK_OK(append_to_all(n_tensors, models, each * rows));
+    check_refused(&tight, n_tensors, models, 1);
+    close_models(n_tensors, models);
+    CHECK_OK(vmm_pool_close(tight.pool));
+}
+
 /* When memory is there again, blocks are as large as before. */
 static void test_large_again(const fixture *f) {
     size_t n_blocks[2];
@@ -317,6 +351,8 @@ int main(int argc, char **argv) {
     test_own_spare(&f, 0);
     test_own_spare(&f, 1);
     test_note(&f);
+    test_map_many(&f, 2, 1);
+    test_map_many(&f, 3, 2);
     test_large_again(&f);
     test_fixed(&f);
     test_callbacks(&f);

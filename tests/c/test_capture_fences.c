@@ -74,6 +74,42 @@ static void test_stream_of_the_tensor(void) {
     CHECK_CUDA(cuda()->stream_destroy(stream));
 }
 
+/* Nor while the stream of another tensor of the same call is: the first of them, or the last. */
+static void test_stream_of_one_of_many(void) {
+    vmm_spec spec = make_spec(8), other = make_spec(9);
+    void *streams[2];
+
+    for (int i = 0; i < 2; i++)
+        CHECK_CUDA(cuda()->stream_create(&streams[i], CUDA_STREAM_NON_BLOCKING));
+    for (int captured = 0; captured < 2; captured++) {
+        model trimmed = model_open(&f, &other);
+        model m[2] = {model_open(&f, &spec), model_open(&f, &spec)};
+        vmm_tensor *tensors[] = {m[0].tensor, m[1].tensor};
+        const size_t n_rows[] = {2 * rows, 2 * rows};
+        for (int i = 0; i < 2; i++)
+            model_append(&m[i], VMM_UINT8, 1, VMM_MEMORY_HOST, streams[i]);
+        model_grow(&trimmed, 4 * rows, false);
+        CHECK_OK(vmm_truncate(trimmed.tensor, trimmed.length = 0, VMM_STREAM_NONE));
+        CHECK_OK(vmm_trim(trimmed.tensor));
+        size_t queued = pool_stats(f.pool).queued_bytes;
+        uint64_t before = fences();
+        CHECK_CUDA(cuda()->begin_capture(streams[captured], CUDA_CAPTURE_GLOBAL));
+        CHECK_OK(vmm_map_many(2, tensors, n_rows));
+        CHECK_SIZE(pool_stats(f.pool).queued_bytes, queued);
+        CHECK(fences() == before);
+        end(streams[captured]);
+        for (int i = 0; i < 2; i++) {
+            CHECK_SIZE(vmm_mapped(m[i].tensor), 2 * rows);
+            model_check(&m[i]);
+            model_close(&m[i]);
+        }
+        model_close(&trimmed);
+        CHECK_OK(vmm_pool_trim(f.pool, 1));
+    }
+    for (int i = 0; i < 2; i++)
+        CHECK_CUDA(cuda()->stream_destroy(streams[i]));
+}
+
 int main(int argc, char **argv) {
     f = fixture_open(argc, argv, 0, 0);
     if (!f.is_gpu)
@@ -82,6 +118,7 @@ int main(int argc, char **argv) {
     blocks_are(f.granularity_bytes, 64 * KIB);
     test_blocking_stream();
     test_stream_of_the_tensor();
+    test_stream_of_one_of_many();
     fixture_close(&f);
     return 0;
 }

@@ -444,6 +444,33 @@ static void test_copied_late(void) {
     CHECK_OK(vmm_close(t));
 }
 
+/* Several are told of what is mapped for them; where one cannot be, all are told what was before. */
+static void test_told_of_many(void) {
+    const int64_t shape[] = {0, (int64_t)f.granularity_bytes};
+    const size_t n_rows[] = {2, 3, 4};
+    vmm_tensor *t[3];
+    int32_t *address[3];
+
+    for (int i = 0; i < 3; i++) {
+        t[i] = reserve(2, shape, 0, VMM_LAYOUT_SEQ);
+        CHECK_OK(vmm_map(t[i], 1));
+        CHECK_OK(vmm_cursor(t[i], VMM_STREAM_NONE, &address[i]));
+    }
+    for (int at = 1; at <= 3 && sim.fail; at++) {
+        CHECK(sim.fail("cuStreamSynchronize", at, 999, 1) == 0);
+        CHECK_STATUS(vmm_map_many(3, t, n_rows), VMM_ERR_DRIVER);
+        for (int i = 0; i < 3; i++) {
+            CHECK_SIZE(vmm_mapped(t[i]), 1);
+            CHECK_SIZE(mapped_on_device(address[i]), 1);
+        }
+    }
+    CHECK_OK(vmm_map_many(3, t, n_rows));
+    for (int i = 0; i < 3; i++) {
+        CHECK_SIZE(mapped_on_device(address[i]), n_rows[i]);
+        CHECK_OK(vmm_close(t[i]));
+    }
+}
+
 /* ---- is it being captured -------------------------------------------------------------------------- */
 
 /* The simulator ends a program that breaks a capture, but where it is to return. */
@@ -571,6 +598,7 @@ int main(int argc, char **argv) {
         test_empty_source();
         test_behind_a_fence();
         test_copied_late();
+        test_told_of_many();
         test_broken_capture();
         test_written_before();
         CHECK_CUDA(cuda()->stream_destroy(other));

@@ -1,4 +1,4 @@
-/* vmm_append_many(): several tensors at once, all or none, in one launch. */
+/* vmm_append_many(), vmm_map_many(): several tensors at once, all or none; appended to in one launch. */
 #include "check.h"
 
 #define N_TENSORS 40 /* more than one launch holds */
@@ -223,11 +223,97 @@ static void test_long_list(const fixture *f, vmm_memory memory) {
     }
 }
 
+static vmm_status map_many(const model *models, size_t n, const size_t *n_rows) {
+    vmm_tensor *tensors[N_TENSORS];
+    for (size_t i = 0; i < n; i++)
+        tensors[i] = models[i].tensor;
+    return vmm_map_many(n, tensors, n_rows);
+}
+
+static void check_mapped(const model *models, size_t n, const size_t *mapped) {
+    for (size_t i = 0; i < n; i++)
+        CHECK_SIZE(vmm_mapped(models[i].tensor), mapped[i]);
+}
+
+/* What is refused leaves all as they are. */
+static void test_map(const fixture *f, vmm_layout layout) {
+    vmm_spec spec = make_spec(layout, 500), small = make_spec(layout, 20);
+    model models[3] = {model_open(f, &spec), model_open(f, &small), model_open(f, &spec)};
+    vmm_tensor *tensors[4];
+    size_t none[3] = {0}, mapped[3];
+    uint64_t calls[VMM_CALL_COUNT];
+
+    for (int i = 0; i < 3; i++)
+        tensors[i] = models[i].tensor;
+    CHECK_OK(vmm_map_many(0, NULL, NULL));
+    CHECK_OK(map_many(models, 3, none));
+    check_mapped(models, 3, none);
+    CHECK_STATUS(map_many(models, 3, (size_t[]){1, 21, 1}), VMM_ERR_CAPACITY);
+    CHECK_STATUS(vmm_map_many(3, NULL, none), VMM_ERR_INVALID);
+    CHECK_STATUS(vmm_map_many(3, tensors, NULL), VMM_ERR_INVALID);
+    tensors[3] = tensors[1];
+    CHECK_STATUS(vmm_map_many(4, tensors, (size_t[]){1, 1, 1, 1}), VMM_ERR_INVALID);
+    CHECK(strstr(vmm_last_error()->message, "twice in one map"));
+    tensors[3] = NULL;
+    CHECK_STATUS(vmm_map_many(4, tensors, (size_t[]){1, 1, 1, 1}), VMM_ERR_INVALID);
+    check_mapped(models, 3, none);
+
+    CHECK_OK(map_many(models, 3, (size_t[]){500, 20, 0}));
+    CHECK_SIZE(vmm_mapped(tensors[0]), 500);
+    CHECK_SIZE(vmm_mapped(tensors[1]), 20);
+    CHECK_SIZE(vmm_mapped(tensors[2]), 0);
+    CHECK_OK(map_many(models, 3, (size_t[]){0, 0, 5}));
+    for (int i = 0; i < 3; i++) {
+        CHECK_SIZE(vmm_length(tensors[i]), 0);
+        mapped[i] = vmm_mapped(tensors[i]);
+        CHECK(mapped[i] >= (i == 2 ? 5 : 20));
+    }
+    /* Within what is mapped: no driver call, and the rows can be written. */
+    memcpy(calls, pool_stats(f->pool).driver_calls, sizeof calls);
+    CHECK_OK(map_many(models, 3, (size_t[]){500, 20, 5}));
+    CHECK(memcmp(calls, pool_stats(f->pool).driver_calls, sizeof calls) == 0);
+    append_many(f, models, 3, (size_t[]){9, 20, 5}, f->is_gpu ? VMM_MEMORY_DEVICE : VMM_MEMORY_HOST,
+                VMM_OK);
+    check_mapped(models, 3, mapped);
+    for (int i = 0; i < 3; i++) {
+        model_check(&models[i]);
+        model_close(&models[i]);
+    }
+}
+
+/* The budget ends in the middle: nothing is kept, and callbacks may touch none of them. */
+static void test_map_out_of_memory(const fixture *f) {
+    size_t block = f->granularity_bytes, n_rows = 2 * block / 128;
+    fixture tight = *f;
+    model models[3];
+
+    CHECK_OK(vmm_pool_create(f->device, block, 5 * block, &tight.pool));
+    for (int i = 0; i < 3; i++) {
+        vmm_spec spec = make_spec(VMM_LAYOUT_SEQ, 8 * block / 128);
+        models[i] = model_open(&tight, &spec);
+    }
+    CHECK_OK(vmm_map(models[0].tensor, 1));
+    CHECK_OK(vmm_pool_on_oom(tight.pool, try_all, models));
+    CHECK_STATUS(map_many(models, 3, (size_t[]){n_rows, n_rows, n_rows}), VMM_ERR_OUT_OF_MEMORY);
+    check_mapped(models, 3, (size_t[]){n_rows / 2, 0, 0});
+    CHECK_SIZE(pool_stats(tight.pool).in_use_bytes, block);
+    CHECK_OK(map_many(models, 3, (size_t[]){n_rows, n_rows / 2, n_rows}));
+    check_mapped(models, 3, (size_t[]){n_rows, n_rows / 2, n_rows});
+    for (int i = 0; i < 3; i++) {
+        CHECK_OK(vmm_trim(models[i].tensor)); /* busy no more */
+        model_close(&models[i]);
+    }
+    CHECK_OK(vmm_pool_close(tight.pool));
+}
+
 int main(int argc, char **argv) {
     fixture f = fixture_open(argc, argv, 0, 0);
 
     for (int layout = VMM_LAYOUT_SEQ; layout <= VMM_LAYOUT_C; layout++)
         test_all_or_none(&f, (vmm_layout)layout);
+    for (int layout = VMM_LAYOUT_SEQ; layout <= VMM_LAYOUT_C; layout++)
+        test_map(&f, (vmm_layout)layout);
+    test_map_out_of_memory(&f);
     test_out_of_memory(&f);
     test_callback_leaves_them_alone(&f);
     test_long_list(&f, VMM_MEMORY_HOST);

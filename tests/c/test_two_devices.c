@@ -19,6 +19,7 @@ static void test_append_many(const fixture *a, const fixture *b) {
     vmm_tensor *tensors[] = {of_a.tensor, of_b.tensor};
 
     CHECK_STATUS(vmm_append_many(2, tensors, sources, NULL), VMM_ERR_INVALID);
+    CHECK_STATUS(vmm_map_many(2, tensors, (size_t[]){1, 1}), VMM_ERR_INVALID);
     CHECK(strstr(vmm_last_error()->message, a->name) && strstr(vmm_last_error()->message, b->name));
     CHECK(vmm_length(of_a.tensor) == 0 && vmm_length(of_b.tensor) == 0);
     model_close(&of_a);

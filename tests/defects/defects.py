@@ -258,6 +258,16 @@ DEFECTS = [
         C.format("test_graphs"),
     ),
     Defect(
+        "cursor-unmapped",
+        "the device is not told that rows it could not be told of are gone",
+        "libvmm/src/tensor.c",
+        replaces(
+            "        cursor_show_mapped(growths[i].tensor, growths[i].n_rows_before);",
+            "        (void)growths;",
+        ),
+        C.format("test_cursor"),
+    ),
+    Defect(
         "graph-gone",
         "a graph that is gone still counts",
         "libvmm/src/graph_pins.c",
@@ -406,6 +416,13 @@ DEFECTS = [
         C.format("test_strided"),
     ),
     # ---- captures, contexts -----------------------------------------------------------------
+    Defect(
+        "capture-of-many",
+        "a fence is taken while the stream of another tensor of the call is captured",
+        "libvmm/src/tensor.c",
+        replaces("            stream = other;\n", "            (void)other;\n"),
+        C.format("test_capture_fences"),
+    ),
     Defect(
         "capture-mode",
         "the caller's capture mode is not restored",

@@ -163,6 +163,7 @@ void do_free(void);
 
 void do_reserve(void);
 void do_map(void);
+void do_map_many(void);
 void do_grow(void);
 void do_truncate(void);
 void do_truncate_lanes(void);

@@ -18,7 +18,7 @@ static void (*const moves[])(void) = {
     do_bracket, do_hook,      do_handoff,      do_stream_wait,    do_event,      do_device,
     do_nothing, do_alloc,     do_append_lanes, do_failure,        do_free,       do_find,
     do_capture, do_replay,    do_advance,      do_replay,         do_cursor,     do_destroy_graph,
-    do_less,    do_lookahead, do_append_lanes, do_truncate_lanes, do_capture,
+    do_less,    do_lookahead, do_append_lanes, do_truncate_lanes, do_capture,    do_map_many,
 };
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {

@@ -98,6 +98,36 @@ void do_map(void) {
         CHECK(s->mapped >= n && s->mapped >= before);
 }
 
+void do_map_many(void) {
+    vmm_tensor *tensors[MAX_TENSORS + 1];
+    size_t n_rows[MAX_TENSORS + 1], before[MAX_TENSORS];
+    unsigned expected = OK_OR_NO_MEMORY;
+    size_t n = next() % (MAX_TENSORS + 1), first = next();
+    shadow *of[MAX_TENSORS];
+
+    if (n > w.n_tensors)
+        n = w.n_tensors;
+    for (size_t i = 0; i < n; i++) {
+        of[i] = w.tensors[(first + i) % w.n_tensors];
+        begin(of[i]);
+        tensors[i] = of[i]->tensor;
+        before[i] = of[i]->mapped;
+        n_rows[i] = any_rows(of[i]);
+        if (n_rows[i] > of[i]->spec.capacity)
+            expected = BIT(VMM_ERR_CAPACITY);
+    }
+    size_t n_given = n;
+    if (n && next() % 8 == 0) { /* twice */
+        tensors[n] = tensors[0], n_rows[n] = 0, n_given++;
+        expected = BIT(VMM_ERR_INVALID);
+    }
+    vmm_status status = TRY(n ? expected : BIT(VMM_OK), vmm_map_many(n_given, tensors, n_rows));
+    end(status);
+    for (size_t i = 0; i < n; i++)
+        CHECK(status ? of[i]->mapped == before[i]
+                     : of[i]->mapped >= n_rows[i] && of[i]->mapped >= before[i]);
+}
+
 void do_grow(void) {
     shadow *s = any_tensor();
     void *out = NULL;

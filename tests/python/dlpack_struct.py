@@ -190,6 +190,4 @@ def _current_stream(device_type, device_id, out):
 
 _TABLE_NAME = b"dlpack_exchange_api"  # a capsule keeps the pointer to it
 _table = ExchangeAPI(1, 3, None, None, None, None, _look_at, _current_stream)
-Tabled.__dlpack_c_exchange_api__ = _api.PyCapsule_New(
-    ctypes.addressof(_table), _TABLE_NAME, None
-)
+Tabled.__dlpack_c_exchange_api__ = _api.PyCapsule_New(ctypes.addressof(_table), _TABLE_NAME, None)

@@ -678,6 +678,21 @@ class Machine(RuleBasedStateMachine):
             assert tracked.t.mapped >= n_rows
             tracked.fresh = False
 
+    @step(sizes=st.lists(sizes, min_size=1, max_size=MAX_TENSORS), fault=faults)
+    def map_many(self, sizes, fault):
+        chosen = self.tensors[: len(sizes)]
+        n_rows = [t.rows_of(n) for t, n in zip(chosen, sizes, strict=False)]
+        mapped, _ = self.attempt(
+            lambda: pyvmm.map_many([tracked.t for tracked in chosen], n_rows),
+            fault,
+            CapacityError=any(n > t.model.capacity for t, n in zip(chosen, n_rows, strict=True)),
+            OutOfMemoryError=self.may_run_out(*(tracked.home for tracked in chosen)),
+        )
+        if mapped:
+            for tracked, n in zip(chosen, n_rows, strict=True):
+                assert tracked.t.mapped >= n
+                tracked.fresh = False
+
     @step(n=picks, size=sizes, n_ahead=st.sampled_from([1, 3]))
     def map_with_lookahead(self, n, size, n_ahead):
         """On for one growth: while the thread is at work, no driver call is made to fail."""

@@ -297,6 +297,30 @@ def test_append_many_is_refused(empty):
         pyvmm.append_many([], [])
 
 
+def test_map_many_is_refused(empty):
+    with empty() as t, empty() as u:
+        t.append(pattern((1, 4), "float32"))
+        before = state(t), calls(t), state(u), calls(u)
+        for tensors, n, error in (
+            ([t, u], [1000], ValueError),
+            ([t], [1000, 1000], ValueError),
+            ([t, t], 1000, ValueError),
+            ([t, u], [1000, -1], ValueError),
+            ([t, u], [1000, 1001], pyvmm.CapacityError),
+            ([t, u], [1000, 1.5], TypeError),
+            ([t, u], "12", TypeError),
+            ([t, u], None, TypeError),
+            ([t, 3], 1000, TypeError),
+            (t, 1000, TypeError),
+            ([None], 1000, TypeError),
+        ):
+            with pytest.raises(error):
+                pyvmm.map_many(tensors, n)
+            assert (state(t), calls(t), state(u), calls(u)) == before
+        pyvmm.map_many([], 1000)
+        pyvmm.map_many([], [])
+
+
 # ---- lengths ------------------------------------------------------------------------
 
 
@@ -385,6 +409,7 @@ def test_closed_tensor(empty):
         lambda: t.__dlpack__(),
         lambda: view.__dlpack__(),
         lambda: pyvmm.append_many([t], [pattern((1, 4), "float32")]),
+        lambda: pyvmm.map_many([t], 1),
     ):
         with pytest.raises(pyvmm.VMMError, match="closed") as error:
             use()

@@ -55,7 +55,7 @@ def test_pools_and_exports_are_refused_too(device):
 def work():
     for use in (lambda: pool.trim(), lambda: pool.capture_begin(), lambda: view.__dlpack__(),
                 lambda: t.reserved().__dlpack__(), lambda: t.fork(),
-                lambda: pyvmm.append_many([t], [rows(1)]),
+                lambda: pyvmm.append_many([t], [rows(1)]), lambda: pyvmm.map_many([t], 1),
                 lambda: pyvmm.empty((0,), "uint8", axis=0, capacity=9, device=DEVICE, pool=pool)):
         refused(use)
     if DEVICE == "host":

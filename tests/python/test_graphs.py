@@ -227,6 +227,13 @@ def test_advance_many_follows_all_that_can(cuda, streams, arrays):
     with pytest.raises(pyvmm.CapacityError, match="overflow"):
         pyvmm.advance_many(ts)
     assert [t.length for t in ts] == [length + 1, length, length + 1]
+    # 0 asks for it, and follows nothing.
+    graph.launch(a)
+    a.synchronize()
+    with pytest.raises(pyvmm.CapacityError, match="overflow"):
+        pyvmm.advance_many(ts, 0)
+    assert pyvmm.advance_many(ts, 0) == 0
+    assert [t.length for t in ts] == [length + 1, length, length + 1]
     for i, t in enumerate(ts):
         assert same(to_numpy(t), np.full((t.length, width), i, "uint8"))
     assert pyvmm.advance_many([]) == 0

@@ -246,6 +246,55 @@ def test_append_many_all_or_none(make_pool, empty, device):
         assert same(to_numpy(t), rows(1))
 
 
+# ---- map_many -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_map_many(empty, layout):
+    with empty(shape=(2, 0, 3), axis=1, layout=layout) as t, empty(layout=layout) as u:
+        t.append(pattern((2, 2, 3), "float32"))
+        assert pyvmm.map_many([t, u], 10) is None
+        assert (t.length, u.length) == (2, 0)
+        assert t.mapped >= 10
+        assert u.mapped >= 10
+        pyvmm.map_many((t, u), np.array([900, 1000]))
+        assert t.mapped >= 900
+        assert u.mapped == 1000
+        before = calls(t), calls(u)
+        pyvmm.map_many([t, u], [900, np.int64(1000)])
+        assert (calls(t), calls(u)) == before
+
+
+def test_map_many_all_or_none(make_pool, empty, device):
+    block = smallest_block(device)
+    pool = make_pool(block_size=block, max_bytes=3 * block)
+    with empty(pool=pool) as t, empty(pool=pool, capacity=3 * block // 16) as u:
+        with pytest.raises(pyvmm.OutOfMemoryError):
+            pyvmm.map_many([t, u], [1, 3 * block // 16])
+        assert t.mapped == u.mapped == 0
+        pyvmm.map_many([t, u], [1, 2 * block // 16])
+        assert u.mapped == 2 * block // 16
+
+
+def test_map_many_has_what_one_by_one_has_not(make_pool, empty, device):
+    """Of blocks of "auto" the first takes larger ones than it needs."""
+    block = smallest_block(device)
+    n_rows, n = 45 * block // 64, 3
+    pool = make_pool(max_bytes=n * 45 * block)
+    tensors = [empty(shape=(0, 16), capacity=100 * block // 64, pool=pool) for _ in range(n)]
+    with pytest.raises(pyvmm.OutOfMemoryError):
+        for t in tensors:
+            t.map(n_rows)
+    for t in tensors:
+        t.trim()
+    pool.trim(wait=True)
+    pyvmm.map_many(tensors, n_rows)
+    assert [t.mapped for t in tensors] == [n_rows] * n
+    assert pool.stats()["in_use_bytes"] == n * 45 * block
+    for t in tensors:
+        t.close()
+
+
 # ---- grow ---------------------------------------------------------------------------
 
 

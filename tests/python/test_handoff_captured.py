@@ -1,8 +1,8 @@
-"""Captured steps: generate() in every way, logits, fallbacks, and capture() by itself.
+"""Captured steps of transformers: generate() in every way, logits, fallbacks, attention.
 
 On the CPU a graph is replaced by one that runs the recorded function again over the same static
 buffers (EagerGraph), with attention in plain torch: all that surrounds a graph is the same. On a
-GPU it is what users run."""
+GPU it is what users run. Graphs of any loop are in test_handoff_graphs.py."""
 
 import copy
 import functools
@@ -26,6 +26,7 @@ from pyvmm import _attention, _captured, _captured_step, _graphs  # noqa: E402
 from pyvmm._torch_kv import KVPair  # noqa: E402
 from pyvmm.transformers import VMMCache  # noqa: E402
 from support import run_python  # noqa: E402
+from torch_places import graphs_of, skip_place  # noqa: E402
 from transformers_models import generate, prompt  # noqa: E402
 
 DynamicCache = transformers.DynamicCache
@@ -36,12 +37,8 @@ OF_MAKE_TEST = "llama", "gemma3"
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
 def place(request):
-    models.skip_place(request.param)
+    skip_place(request.param)
     return request.param
-
-
-def graphs_of(place):
-    return _graphs.EagerGraph if place == "cpu" else _graphs.CudaGraph
 
 
 @pytest.fixture(
@@ -511,58 +508,6 @@ def test_a_fork_while_another_thread_holds_the_locks():
     """)
 
 
-def broken(place, n_times):
-    class Broken(graphs_of(place)):
-        n = 0
-
-        def record(self, run, warm_up, pools):
-            def fail():
-                run()
-                type(self).n += 1
-                if self.n <= n_times:
-                    raise RuntimeError("previous error during capture")
-
-            super().record(fail, warm_up, pools)
-            if place == "cpu":
-                fail()
-
-    return Broken
-
-
-@pytest.mark.parametrize("n_times", [1, 2])
-def test_a_capture_that_others_end_is_tried_once_more(place, n_times):
-    device = "host" if place == "cpu" else "cuda:0"
-    t = pyvmm.empty((0, 4), capacity=100, device=device)
-    t.append(torch.zeros(3, 4, device=place))
-    graph = broken(place, n_times)
-    x = torch.ones(1, 4, device=place)
-    stream = torch.cuda.current_stream() if place == "cuda" else None
-    recorded = None
-    if n_times == 1:
-        recorded = _graphs.Recorded(lambda: t.append(x), [t], x.device, graph)
-    else:
-        with pytest.raises(_graphs.CannotCapture, match="previous error"):
-            _graphs.Recorded(lambda: t.append(x), [t], x.device, graph)
-    assert graph.n == 2
-    if place == "cuda":
-        assert torch.cuda.current_stream() == stream
-        torch.randn(3, device=place)  # the generator is out of the capture, too
-        t.truncate(3)
-    else:
-        assert t.length == (4 if n_times == 1 else 3)
-        t.truncate(3)
-    for _ in range(2 if recorded else 0):
-        recorded.replay()
-    assert torch.from_dlpack(t).sum().item() == (8 if recorded else 0)
-    # Nobody is kept out any more.
-    thread = threading.Thread(
-        target=lambda: _graphs.CAPTURE.acquire() and _graphs.CAPTURE.release()
-    )
-    thread.start()
-    thread.join(60)
-    assert not thread.is_alive()
-
-
 def test_inference_mode(model):
     expected = generate(model, prompt(model.device, batch=2))
     with torch.inference_mode(), captured(model) as block:
@@ -976,104 +921,6 @@ def test_what_cannot_be_compiled_is_captured_as_it_is(place, monkeypatch):
     assert block.n_replays == 2 * 23
 
 
-# ---- capture() --------------------------------------------------------------------
-
-
-class Loop:
-    """One layer of attention, by hand."""
-
-    def __init__(self, place, layout):
-        torch.manual_seed(0)
-        device = "host" if place == "cpu" else "cuda:0"
-        self.k, self.v = (
-            pyvmm.empty((2, 2, 0, 8), axis=2, capacity=4096, device=device, layout=layout)
-            for _ in range(2)
-        )
-        self.weights = [torch.randn(16, 16, device=place) / 4 for _ in range(3)]
-        self.lengths = torch.from_dlpack(self.k.cursor)
-        self.whole = [torch.from_dlpack(t.reserved()) for t in (self.k, self.v)]
-
-    def decode(self, x):  # (2, 16) to (2, 16)
-        q, k, v = (torch.tanh(x @ w).view(2, 2, 1, 8) for w in self.weights)
-        first = torch.zeros_like(self.lengths)
-        plan = _attention.plan(self.lengths, first, None, 2)
-        pyvmm.append_many([self.k, self.v], [k, v])
-        reads = _attention.Reads(*plan, 1024, self.whole[0], self.k.layout)
-        prepared = _attention.Plain.prepare(reads)
-        parts, lse = _attention.Plain.attend(q, *self.whole, reads, prepared, 0.3)
-        return _attention.merge(parts, lse).reshape(2, 16)
-
-
-@pytest.mark.parametrize("layout", ["seq", "lane"])
-def test_a_loop_of_ones_own(place, layout):
-    eager, ours = Loop(place, layout), Loop(place, layout)
-    step = pyvmm.torch._capture(ours.decode, [ours.k, ours.v], graphs_of(place))
-    x = y = torch.randn(2, 16, device=place)
-    for _ in range(300):
-        x, y = eager.decode(x), step(y).clone()
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-    assert step.n_captures == 1
-    assert ours.k.length == ours.v.length == 300
-    eager.k.truncate(100), eager.v.truncate(100)
-    ours.k.truncate(100), ours.v.truncate(100)
-    for _ in range(30):
-        x, y = eager.decode(x), step(y).clone()
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-    assert ours.k.length == 130
-
-
-def test_rows_past_the_length_are_finite(place):
-    loop = Loop(place, "seq")
-    loop.k.append(torch.full((2, 2, 1000, 8), torch.nan, device=place))
-    loop.k.truncate(0)
-    loop.k.trim()
-    step = pyvmm.torch._capture(loop.decode, [loop.k, loop.v], graphs_of(place))
-    for i in range(260):
-        step(torch.randn(2, 16, device=place))
-        for whole in loop.whole:
-            assert torch.isfinite(whole[:, :, : (i + 256) // 256 * 256 + 256]).all()
-
-
-def test_capacity_ends_a_loop_and_loses_nothing(place):
-    device = "host" if place == "cpu" else "cuda:0"
-    t = pyvmm.empty((0, 4), capacity=5, device=device)
-    step = pyvmm.torch._capture(lambda x: t.append(x) or x + 1, t, graphs_of(place))
-    x = torch.zeros(1, 4, device=place)
-    for _ in range(5):
-        x = step(x).clone()
-    with pytest.raises(pyvmm.CapacityError):
-        step(x)
-    rows = torch.from_dlpack(t).cpu()
-    assert torch.equal(rows[:, 0], torch.arange(5.0))
-    assert t.length == 5
-
-
-def test_other_shapes_are_captured_anew(place):
-    device = "host" if place == "cpu" else "cuda:0"
-    t = pyvmm.empty((0, 4), capacity=1000, device=device)
-    step = pyvmm.torch._capture(lambda x: t.append(x) or x.sum(), t, graphs_of(place))
-    for n in (1, 3, 1, 3):
-        total = step(torch.ones(n, 4, device=place))
-        assert total.item() == 4 * n
-    assert t.length == 8
-    assert step.n_captures == 2
-
-
-def test_what_capture_refuses():
-    with pytest.raises(TypeError, match="lists no VTensors"):
-        pyvmm.torch.capture(lambda: None, 3)
-    with pytest.raises(ValueError, match="lists no VTensors"):
-        pyvmm.torch.capture(lambda: None, [])
-
-
-def test_capture_on_the_cpu_calls_the_function():
-    t = pyvmm.empty((0, 4), capacity=10, device="host")
-    with pytest.warns(RuntimeWarning, match="host"):
-        step = pyvmm.torch.capture(t.append, t)
-    step(torch.ones(2, 4))
-    assert t.length == 2
-
-
 # ---- attention --------------------------------------------------------------------
 
 
@@ -1143,7 +990,7 @@ def test_what_torchs_operator_is_given(monkeypatch, layout, heads, window, n_chu
 
 @pytest.fixture
 def cuda():
-    models.skip_place("cuda")
+    skip_place("cuda")
     return torch.device("cuda:0")
 
 
@@ -1305,80 +1152,3 @@ def test_chunks_fill_the_gpu():
         of = case(batch=batch, heads=heads, kv_heads=kv_heads)
         assert _attention.chunks_for(_attention.Varlen, of, 132) == expected
     assert _attention.chunks_for(_attention.FlashAttn, case(kv_heads=32), 132) == 1
-
-
-# ---- memory ahead, where it is short ----------------------------------------------
-
-
-@pytest.mark.parametrize(("dim", "tile"), [(64, 256), (128, 128), (256, 64)])
-def test_tiles_by_head_dimension(dim, tile):
-    t = pyvmm.empty((1, 0, 1, dim), axis=1, capacity=4096, device="host")
-    assert _graphs._tile_of(t) == tile
-    x = torch.ones(1, 1, 1, dim)
-    _graphs.Recorded(lambda: t.append(x), [t], x.device, _graphs.EagerGraph)
-    assert 2 * tile < t.mapped < 2 * tile + 256
-
-
-def test_graph_is_followed_by_those_that_it_appends_to():
-    """A tensor that was listed and is not appended to is left alone; all others follow, also
-    behind one that cannot."""
-    graph = object.__new__(_graphs.CudaGraph)
-    ts = [pyvmm.empty((0, 4), axis=0, capacity=8) for _ in range(2)]
-    graph.follow(ts, [0, 0])  # nothing was captured: advance(0) would say so
-    with pytest.raises(ValueError, match="captured"):
-        graph.follow(ts, [0, 1])
-    graph.follow([], [])
-
-
-def test_rows_that_came_back_from_trim_are_cleared_again():
-    t = pyvmm.empty((0, 8), axis=0, capacity=100_000)
-    x = torch.ones(1, 8)
-    recorded = _graphs.Recorded(lambda: t.append(x), [t], torch.device("cpu"), _graphs.EagerGraph)
-    for _ in range(5):
-        recorded.replay()
-    length = t.length
-    t.truncate(0)
-    t.trim()
-    t.append(torch.ones(length, 8))
-    t.map(recorded._clean[0])
-    recorded._whole[0][length : t.mapped] = torch.nan  # what recycled memory may hold
-    recorded.replay()
-    assert t.length == length + 1
-    assert torch.isfinite(recorded._whole[0][length : length + 1 + _graphs.TILE]).all()
-
-
-def test_replays_to_the_end_of_a_budget():
-    """Tensors that grow side by side fill it, though none can have a tile more at the end."""
-    n_tensors, n_tiles = 4, 9
-    tile, dim = 128, 128
-    n_bytes = n_tensors * n_tiles * tile * dim * 8 * 4
-    asked = []
-    with pyvmm.Pool("host", max_bytes=n_bytes) as pool:
-        pool.on_oom(asked.append)
-        tensors = [
-            pyvmm.empty((1, 0, 8, dim), axis=1, capacity=1 << 16, device="host", pool=pool)
-            for _ in range(n_tensors)
-        ]
-        x = torch.ones(1, 1, 8, dim)
-
-        def run():
-            for t in tensors:
-                t.append(x)
-
-        recorded = _graphs.Recorded(run, tensors, x.device, _graphs.EagerGraph)
-        n_steps = 0
-        with pytest.raises(pyvmm.OutOfMemoryError):
-            while True:
-                recorded.replay()
-                n_steps += 1
-                end = n_steps + tile - 1
-                for i, t in enumerate(tensors):
-                    assert t.length == n_steps
-                    assert t.mapped >= end
-                    rest = recorded._whole[i][:, n_steps : recorded._clean[i]]
-                    assert not rest.any()
-        assert n_steps == n_tiles * tile - (tile - 1)
-        assert pool.stats()["in_use_bytes"] == n_bytes
-        assert len(asked) < 8
-        for t in tensors:
-            assert torch.equal(torch.from_dlpack(t), x.expand(1, n_steps, 8, dim))

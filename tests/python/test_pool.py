@@ -297,7 +297,7 @@ def test_callback_that_raises(make_pool, blocks, block, monkeypatch):
     t.close()
 
 
-@pytest.mark.parametrize("use", ["grow", "map", "append", "append_many", "fork"])
+@pytest.mark.parametrize("use", ["grow", "map", "map_many", "append", "append_many", "fork"])
 @pytest.mark.parametrize("helps", [False, True])
 def test_interrupt_in_a_callback_is_raised_once(make_pool, blocks, block, use, helps):
     """Ctrl-C while a callback runs: by the call that needs the memory, and no other."""
@@ -320,6 +320,7 @@ def test_interrupt_in_a_callback_is_raised_once(make_pool, blocks, block, use, h
     uses = {
         "grow": lambda: t.grow(n),
         "map": lambda: t.map(length + n),
+        "map_many": lambda: pyvmm.map_many([t], length + n),
         "append": lambda: t.append(x),
         "append_many": lambda: pyvmm.append_many([t], [x]),
         "fork": lambda: t.fork(),

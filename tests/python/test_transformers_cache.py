@@ -15,6 +15,7 @@ import pyvmm  # noqa: E402
 import pyvmm.transformers as adapter  # noqa: E402
 import transformers_models as models  # noqa: E402
 from pyvmm.transformers import VMMCache, VMMLayer  # noqa: E402
+from torch_places import skip_place  # noqa: E402
 from transformers_models import generate, prompt  # noqa: E402
 
 DynamicCache = transformers.DynamicCache
@@ -24,7 +25,7 @@ DynamicLayer = transformers.cache_utils.DynamicLayer
 @pytest.fixture(params=["cpu", "cuda:0"])
 def place(request):
     """A device in torch's words."""
-    models.skip_place(request.param)
+    skip_place(request.param)
     return request.param
 
 
@@ -663,7 +664,7 @@ def test_budget(place):
 
 
 def test_streams():
-    models.skip_place("cuda:0")
+    skip_place("cuda:0")
     layer = VMMLayer(4096)
     stream = torch.cuda.Stream()
     k = torch.zeros(2, 3, 1, 8, device="cuda")

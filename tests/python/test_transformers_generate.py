@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 import pyvmm.transformers as adapter  # noqa: E402
 import transformers_models as models  # noqa: E402
 from pyvmm.transformers import VMMCache, VMMLayer  # noqa: E402
+from torch_places import skip_place  # noqa: E402
 from transformers_models import generate, prompt  # noqa: E402
 
 DynamicCache, EncoderDecoderCache = transformers.DynamicCache, transformers.EncoderDecoderCache
@@ -26,7 +27,7 @@ MODELS = "llama", "qwen2", "mistral", "gemma3", "t5"
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
-    models.skip_place(PLACE)
+    skip_place(PLACE)
     return models.model_of(request.param, PLACE)
 
 

@@ -54,6 +54,8 @@ memoryview(t).tolist()
 np.from_dlpack(t).sum()
 pyvmm.append_many([t, t.fork()], [np.zeros(1), t])
 pyvmm.append_many(t, np.zeros(1))  # arg-type
+pyvmm.map_many([t, t.fork()], [3, np.int64(4)])
+pyvmm.map_many(t, 3)  # arg-type
 pyvmm.concat(np.zeros(3), np.zeros(1), axis=0).sum()
 pyvmm.concat(np.zeros(3), np.zeros(1), layout=3)  # arg-type
 assert_type(pyvmm.concat_stats()["reasons"]["dtypes"], int)

@@ -1,8 +1,5 @@
 """Tiny random models of transformers, and prompts for them, that several test modules use."""
 
-import os
-
-import pytest
 import torch
 import transformers
 
@@ -78,15 +75,3 @@ def generate(model, input_ids, cache=None, mask=None, **options):
         mask = torch.ones_like(input_ids)
     options = {"max_new_tokens": 24, "do_sample": False, **options}
     return model.generate(input_ids, attention_mask=mask, past_key_values=cache, **options)
-
-
-def skip_place(place):
-    """Skip the test where this device of torch's is not to be tested."""
-    if place == "cpu":
-        if os.environ.get("PYVMM_TEST_DEVICE", "host") != "host":
-            pytest.skip("the host is tested without PYVMM_TEST_DEVICE")
-        return
-    if os.environ.get("PYVMM_TEST_DEVICE") in ("sim", "sim-hip"):
-        pytest.skip("the simulated driver's memory is not a GPU's: torch cannot use it")
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")

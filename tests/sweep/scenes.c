@@ -177,6 +177,17 @@ static void check_map(world *w) {
     CHECK(vmm_mapped(FIRST->tensor) >= FIRST_ROWS + MORE_ROWS);
 }
 
+static vmm_status run_map_two(world *w) {
+    vmm_tensor *const tensors[] = {FIRST->tensor, SECOND->tensor};
+    const size_t n_rows[] = {FIRST_ROWS + MORE_ROWS, FIRST_ROWS + MORE_ROWS / 2};
+    return vmm_map_many(2, tensors, n_rows);
+}
+
+static void check_map_two(world *w) {
+    check_map(w);
+    CHECK(vmm_mapped(SECOND->tensor) >= FIRST_ROWS + MORE_ROWS / 2);
+}
+
 static vmm_status run_grow(world *w) {
     return vmm_grow(FIRST->tensor, MORE_ROWS, NULL);
 }
@@ -654,6 +665,12 @@ static void with_cursor(world *w) {
     CHECK_OK(run_cursor(w));
 }
 
+static void two_with_cursors(world *w) {
+    two_tensors(w);
+    CHECK_OK(run_cursor(w));
+    check_cursor_of(w, SECOND);
+}
+
 static void append_with_cursors(world *w) {
     append_device_two(w);
     CHECK_OK(run_cursor(w));
@@ -790,6 +807,7 @@ const scene scenes[] = {
      queued_memory, run_alloc, check_alloc, 8},
     {"pool_free", ONE_LAYOUT | ONE_BLOCKS, allocated, run_free, nothing, 0},
     {"map", 0, one_tensor, run_map, check_map, 0},
+    {"map_many", SEVERAL, two_tensors, run_map_two, check_map_two, 0},
     {"grow", 0, one_tensor, run_grow, check_grow, 0},
     {"grow, the first rows", ONE_BLOCKS, first_rows, run_grow, check_grow, 0},
     {"grow, large blocks", ONE_LAYOUT, long_tensor, run_grow, check_grow, 0},
@@ -844,6 +862,7 @@ const scene scenes[] = {
      0},
     {"grow, with a cursor", SUBMITS, with_cursor, run_grow, check_grow_with_cursor, 0},
     {"map, with a cursor", SUBMITS, with_cursor, run_map, check_map, 0},
+    {"map_many, with cursors", SUBMITS, two_with_cursors, run_map_two, check_map_two, 0},
     {"truncate, with a cursor", ONE_BLOCKS | SUBMITS, with_cursor, run_truncate,
      check_truncate_with_cursor, 0},
     {"trim, with a cursor", ONE_BLOCKS | SUBMITS, more_mapped_with_cursor, run_trim, check_trim, 0},

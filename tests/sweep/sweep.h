@@ -97,6 +97,7 @@ enum {
     LANES = 512,    /* in the layouts that have several */
     /* and what a failed call may do. */
     SUBMITS = 32,          /* it may have queued memory, or taken back what was queued */
+    SEVERAL = 1024,        /* undoing one tensor, it may keep as free what was parked of another */
     CLOSES = 64,           /* its callback may have closed a tensor */
     TAKES_ADDRESSES = 128, /* running out of them is VMM_ERR_DRIVER: no memory would help */
     BUSY = 256,            /* the device answers the first query that it is not ready */
