@@ -97,7 +97,7 @@ static void test_stream_of_one_of_many(void) {
         CHECK_OK(vmm_map_many(2, tensors, n_rows));
         CHECK_SIZE(pool_stats(f.pool).queued_bytes, queued);
         CHECK(fences() == before);
-        end(streams[captured]);
+        drop_capture(streams[captured]);
         for (int i = 0; i < 2; i++) {
             CHECK_SIZE(vmm_mapped(m[i].tensor), 2 * rows);
             model_check(&m[i]);
