@@ -267,8 +267,8 @@ def test_advance_that_waits_lets_other_threads_run(simulator):
         def let_go(calls, done):
             while sim.vmm_sim_calls(b"*") == calls:
                 time.sleep(0.001)
+            done.append(True)  # before advance can return
             sim.vmm_sim_go()
-            done.append(True)
 
         for advance in (t.advance, lambda n: pyvmm.advance_many([t], n)):
             with Capture(stream) as graph:
