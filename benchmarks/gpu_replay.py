@@ -103,15 +103,21 @@ class Growing:
         self.read = step, rows  # by the graph, which does not keep them
         self.graph = capture(run, pool, append, is_kept)
         self._blocks = self._block_count()
-        self.room = 0
+        self.replay = self._replay()
 
-    def replay(self) -> None:
-        if self.room < 1:
-            end = self.k.length + 1
-            self.k.map(end)
-            self.v.map(end)
-        self.graph.replay()
-        self.room = pyvmm.advance_many(self.tensors)
+    def _replay(self) -> Callable[[], None]:
+        """As a loop has it that looks names up once."""
+        tensors, room = tuple(self.tensors), 0
+        replay, advance_many = self.graph.replay, pyvmm.advance_many
+
+        def replay_and_follow() -> None:
+            nonlocal room
+            if room < 1:
+                pyvmm.map_many(tensors, tensors[0].length + 1)
+            replay()
+            room = advance_many(tensors)
+
+        return replay_and_follow
 
     def _block_count(self) -> int:
         return sum(t.stats()["block_count"] for t in self.tensors)

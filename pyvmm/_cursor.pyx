@@ -13,6 +13,7 @@ from pyvmm._dlpack cimport make_capsule
 from pyvmm._error cimport check
 from pyvmm._export cimport consumer_of, dlpack_device
 from pyvmm._libvmm cimport (
+    VMM_OK,
     VMM_STREAM_LEGACY,
     VMM_STREAM_NONE,
     vmm_advance,
@@ -46,13 +47,18 @@ cdef Cursor cursor_of(TensorCore tensor):
     return cursor
 
 
+cdef inline bint advances_at_once(TensorCore tensor) noexcept:
+    """Neither the driver nor a lock has a part in it: the GIL stays."""
+    return (tensor.handle != NULL and tensor.owner_of_all[0] == 0
+            and not vmm_advance_waits(tensor.handle))
+
+
 cdef int advance_one(TensorCore tensor, Py_ssize_t n_rows) except -1:
     """VTensor.advance()."""
     cdef vmm_status status
     cdef vmm_tensor *handle
     tensor.live("advance")
-    if tensor.owner_of_all[0] == 0 and not vmm_advance_waits(tensor.handle):
-        # Neither the driver nor a lock has a part in it: the GIL stays.
+    if advances_at_once(tensor):
         return check(vmm_advance(tensor.handle, n_rows))
     handle = tensor.enter("advance")  # raises, or waits for another thread
     with nogil:
@@ -70,28 +76,43 @@ def advance_many(tensors, n=1):
 
     Raises what advance() does, for the first that cannot follow; those after it have followed if
     they could."""
-    cdef Py_ssize_t n_rows, room, least = PY_SSIZE_T_MAX
+    cdef Py_ssize_t n_rows, i, room, least = PY_SSIZE_T_MAX
     cdef TensorCore tensor
+    cdef vmm_status status
+    cdef bint at_once
     if not isinstance(tensors, (list, tuple)):
         raise TypeError("advance_many takes a list of tensors")
     n_rows = row_count(n, "n")
     refused = None
     cdef tuple all_of_them = tuple(tensors)  # the caller's list may change meanwhile
-    for x in all_of_them:
-        if not isinstance(x, TensorCore):
-            raise TypeError(f"advance_many takes VTensors, not {type(x).__name__}")
-    for x in all_of_them:
-        tensor = <TensorCore>x
-        try:
-            advance_one(tensor, n_rows)
-        except Exception as error:
-            refused = error if refused is None else refused
-            continue
+    for i in range(len(all_of_them)):
+        if not isinstance(all_of_them[i], TensorCore):
+            raise TypeError(f"advance_many takes VTensors, not {type(all_of_them[i]).__name__}")
+    for i in range(len(all_of_them)):
+        tensor = <TensorCore>all_of_them[i]
+        at_once = advances_at_once(tensor)
+        status = vmm_advance(tensor.handle, n_rows) if at_once else VMM_OK
+        if not at_once or status != VMM_OK:
+            error = _refusal(tensor, n_rows, at_once, status)
+            if error is not None:
+                refused = error if refused is None else refused
+                continue
         room = <Py_ssize_t>(vmm_mapped(tensor.handle) - vmm_length(tensor.handle))
         least = min(least, room)
     if refused is not None:
         raise refused
     return least if least != PY_SSIZE_T_MAX else 0
+
+
+cdef object _refusal(TensorCore tensor, Py_ssize_t n_rows, bint at_once, vmm_status status):
+    """What its advance() raises, None where it has followed. Apart, for a try block costs those who
+    have followed, too; `status` is that of one which has been made `at_once`."""
+    try:
+        check(status)
+        if not at_once:
+            advance_one(tensor, n_rows)
+    except Exception as error:
+        return error
 
 
 @cython.final

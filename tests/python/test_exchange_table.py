@@ -1,4 +1,4 @@
-"""Sources that are read by the exchange table of their type (DLPack 1.3), as torch's tensors are, and
+"""Sources that are read by the exchange table of their type (DLPack 1.3), as torch's tensors, and
 rows of other tensors: the short ways of an append. On a GPU or the simulated driver."""
 
 import contextlib
