@@ -4,6 +4,7 @@
 
 Each maps the same bytes, in pieces of 2 MiB and of 32 MiB, new from the driver, from one thread
 with the device idle, several times over; between the rounds all of it is given back to the driver.
+pyvmm and kvcached take turns, for the host's times change within a run.
 Timed are these calls and no others; every one creates memory, maps it and opens access to it:
 
     pyvmm/S         t.map(n), for each piece one call; t's pool has blocks of S
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import importlib.metadata
 import json
 import os
@@ -65,8 +67,11 @@ class Peers:
             options.device,
             options.out,
         )
-        self.rounds = 2 if options.quick else 7
         self.attempts: dict[str, dict[str, Any]] = {}
+
+    def rounds(self, piece: int) -> int:
+        """Of pieces that large: more where a round is short."""
+        return 2 if self.options.quick else 7 if piece < 32 * MIB else 40
 
     def report(self, id: str, samples: Samples, n_bytes: int, piece: int, base: str = "") -> None:
         rate = n_bytes * 1e9 / sorted(samples)[len(samples) // 2]
@@ -92,36 +97,51 @@ class Peers:
 # ---- this library -------------------------------------------------------------------------------
 
 
-def ours(run: Peers) -> None:
-    def map_all(block: int | str, step: int) -> Samples:
-        samples = []
-        with pyvmm.Pool(run.device, block_size=block) as pool:
-            for i in range(-1, run.rounds):
-                t = pyvmm.empty(
-                    (0, MIB),
-                    "uint8",
-                    axis=0,
-                    capacity=run.n_bytes // MIB,
-                    device=run.device,
-                    pool=pool,
-                )
-                begin = time.perf_counter_ns()
-                for n_rows in range(step // MIB, run.n_bytes // MIB + 1, step // MIB):
-                    t.map(n_rows)
-                taken = time.perf_counter_ns() - begin
-                if t.mapped != t.capacity:
-                    raise RuntimeError(f"{t.mapped} of {t.capacity} rows are mapped")
-                t.close()
-                pool.trim(wait=True)
-                if i >= 0:
-                    samples.append(taken)
-        return samples
+def map_all(run: Peers, block: int | str, step: int) -> Samples:
+    samples = []
+    with pyvmm.Pool(run.device, block_size=block) as pool:
+        for i in range(-1, run.rounds(block if isinstance(block, int) else 0)):
+            t = pyvmm.empty(
+                (0, MIB),
+                "uint8",
+                axis=0,
+                capacity=run.n_bytes // MIB,
+                device=run.device,
+                pool=pool,
+            )
+            begin = time.perf_counter_ns()
+            for n_rows in range(step // MIB, run.n_bytes // MIB + 1, step // MIB):
+                t.map(n_rows)
+            taken = time.perf_counter_ns() - begin
+            if t.mapped != t.capacity:
+                raise RuntimeError(f"{t.mapped} of {t.capacity} rows are mapped")
+            t.close()
+            pool.trim(wait=True)
+            if i >= 0:
+                samples.append(taken)
+    return samples
 
+
+def ours_and_kvcached(run: Peers) -> None:
+    path: list[str] = []
+    run.attempt("kvcached", lambda: find_kvcached(run, path))
     for size, piece in PIECES.items():
-        run.report(f"pyvmm/{size}", map_all(piece, piece), run.n_bytes, piece, f"bare/{size}")
-        once = map_all(piece, run.n_bytes)
-        run.report(f"pyvmm/{size}/once", once, run.n_bytes, piece, f"bare/{size}")
-    run.report("pyvmm-auto/once", map_all("auto", run.n_bytes), run.n_bytes, 0, "bare/2MiB")
+        for once in (False, True):
+            ours: Samples = []
+            theirs: Samples = []
+
+            part = ["kvcached", str(piece), str(int(once))]
+            for _ in range(1 if run.options.quick else 2):
+                ours += map_all(run, piece, run.n_bytes if once else piece)
+                if run.attempts["kvcached"]["ran"]:
+                    run.attempt(
+                        "kvcached", functools.partial(measure_kvcached, run, part, path, theirs)
+                    )
+            end = f"{size}{'/once' if once else ''}"
+            run.report(f"pyvmm/{end}", ours, run.n_bytes, piece, f"bare/{size}")
+            if theirs:
+                run.report(f"kvcached/{end}", theirs, run.n_bytes, piece, f"bare/{size}")
+    run.report("pyvmm-auto/once", map_all(run, "auto", run.n_bytes), run.n_bytes, 0, "bare/2MiB")
 
 
 # ---- the driver's calls alone -------------------------------------------------------------------
@@ -172,7 +192,7 @@ def bare(run: Peers) -> None:
             )
         )
         samples = []
-        for i in range(-1, run.rounds):
+        for i in range(-1, run.rounds(piece)):
             handles = []
             begin = time.perf_counter_ns()
             for j in range(n):
@@ -226,15 +246,34 @@ def build_kvcached(folder: Path) -> None:
         raise RuntimeError(f"kvcached does not build here:\n{done.stdout[-3000:]}")
 
 
-def kvcached(run: Peers, page: int, once: bool) -> None:
+def find_kvcached(run: Peers, path: list[str]) -> dict[str, Any]:
+    """Its version; `path` is where it was built, where that was asked for."""
+    version = "0.1.6"
+    if run.options.kvcached:
+        folder = run.options.kvcached.resolve()
+        build_kvcached(folder)
+        path.append(str(folder))
+        information = (folder / "PKG-INFO").read_text()
+        version = information.partition("\nVersion: ")[2].partition("\n")[0]
+    return {"version": version}
+
+
+def measure_kvcached(
+    run: Peers, part: list[str], path: list[str], samples: Samples
+) -> dict[str, Any]:
+    samples += in_process(run, part, path=path)["samples"]
+    return run.attempts["kvcached"]  # its version
+
+
+def kvcached(run: Peers, piece: int, once: bool) -> None:
     """In a process of its own, for its page size is the process's: prints the samples as JSON."""
     from kvcached import vmm_ops  # type: ignore[import-not-found]
 
-    offsets = list(range(0, run.n_bytes, page))
-    vmm_ops.init_kvcached(run.device, page, True)
+    offsets = list(range(0, run.n_bytes, piece))
+    vmm_ops.init_kvcached(run.device, piece, True)
     vmm_ops.create_kv_tensors(run.n_bytes, 2, run.device, 1, 1)
     samples = []
-    for i in range(-1, run.rounds):
+    for i in range(-1, run.rounds(piece)):
         begin = time.perf_counter_ns()
         if once:
             mapped = vmm_ops.map_to_kv_tensors(offsets)
@@ -247,23 +286,6 @@ def kvcached(run: Peers, page: int, once: bool) -> None:
             samples.append(taken)
     vmm_ops.shutdown_kvcached()
     print(json.dumps({"samples": samples, "bytes": run.n_bytes}))
-
-
-def of_kvcached(run: Peers) -> dict[str, Any]:
-    path = []
-    version = "0.1.6"
-    if run.options.kvcached:
-        folder = run.options.kvcached.resolve()
-        build_kvcached(folder)
-        path = [str(folder)]
-        information = (folder / "PKG-INFO").read_text()
-        version = information.partition("\nVersion: ")[2].partition("\n")[0]
-    for size, piece in PIECES.items():
-        for once in (False, True):
-            got = in_process(run, ["kvcached", str(piece), str(int(once))], path=path)
-            id = f"kvcached/{size}{'/once' if once else ''}"
-            run.report(id, got["samples"], got["bytes"], piece, f"bare/{size}")
-    return {"version": version}
 
 
 # ---- cuda.core ----------------------------------------------------------------------------------
@@ -286,7 +308,7 @@ def of_cuda_core(run: Peers) -> dict[str, Any]:
     for size, piece in PIECES.items():
         n = run.n_bytes // piece
         samples: Samples = []
-        for i in range(-1, run.rounds):
+        for i in range(-1, run.rounds(piece)):
             begin = time.perf_counter_ns()
             buffers = [resource.allocate(piece, stream=stream) for _ in range(n)]
             taken = time.perf_counter_ns() - begin
@@ -301,7 +323,7 @@ def of_cuda_core(run: Peers) -> dict[str, Any]:
             n = min(run.n_bytes // piece, 64)  # growth may remap all that is there
             samples = []
             moved = 0
-            for _ in range(run.rounds):
+            for _ in range(run.rounds(piece)):
                 buffer = resource.allocate(piece, stream=stream)
                 first = int(buffer.handle)
                 begin = time.perf_counter_ns()
@@ -329,7 +351,7 @@ def torch_segments(run: Peers, piece: int) -> None:
     torch.cuda.init()
     n = run.n_bytes // piece
     samples, reserved = [], []
-    for i in range(-1, run.rounds):
+    for i in range(-1, run.rounds(piece)):
         before = torch.cuda.memory_reserved()
         begin = time.perf_counter_ns()
         kept = [torch.empty(piece, dtype=torch.uint8, device=run.device) for _ in range(n)]
@@ -383,7 +405,6 @@ class Part(Peers):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device, self.n_bytes = options, options.device, options.bytes
-        self.rounds = 2 if options.quick else 7
 
 
 def main() -> int:
@@ -409,9 +430,9 @@ def main() -> int:
         return 77
     run = Peers(options)
     bare(run)
-    ours(run)
+    ours_and_kvcached(run)
     # cuda.core last: versions of it keep one reference of each block for ever.
-    measures = {"kvcached": of_kvcached, "torch": of_torch, "cuda.core": of_cuda_core}
+    measures = {"torch": of_torch, "cuda.core": of_cuda_core}
     for name, measure in measures.items():
         run.attempt(name, lambda measure=measure: measure(run))
     run.bench.close(attempts=run.attempts)
