@@ -270,19 +270,26 @@ def point_6(run: Run) -> None:
         size = peer.split("/")[1]
         ours = f"pyvmm/{size}{'/once' if peer.endswith('/once') else ''}"
 
-        def throughput(peer: str = peer, ours: str = ours) -> tuple[str, bool | None]:
+        compared = not peer.startswith("torch")
+
+        def throughput(
+            peer: str = peer, ours: str = ours, compared: bool = compared
+        ) -> tuple[str, bool | None]:
             try:
                 theirs = rate(peer)
             except Missing:
                 attempts = run.results.get(("peers", "python"), {}).get("attempts", {})
-                error = attempts.get(peer.split("/")[0], {}).get("error")
+                of_peer = attempts.get(peer.split("/")[0], {})
+                error = of_peer.get("error") or (
+                    of_peer.get("modify_allocation") if peer.endswith("/grow") else None
+                )
                 if error:
                     return f"could not run: {error.splitlines()[0][:150]}", None
                 raise
             mine = rate(ours)
-            return f"{mine / theirs:.3g} ({mine:.1f} against {theirs:.1f} GiB/s)", mine >= theirs
+            text = f"{mine / theirs:.3g} ({mine:.1f} against {theirs:.1f} GiB/s)"
+            return text, mine >= theirs if compared else None
 
-        compared = not peer.startswith("torch")
         target = "≥ 1" if compared else "beside it"
         run.show("6", f"mapping throughput, {ours} over {peer}", target, throughput)
 
