@@ -476,4 +476,47 @@ DEFECTS = [
         replaces("if (!status && capture)", "if (!status && pool->device->captures)"),
         C.format("test_streams"),
     ),
+    # ---- the short way of one append ----------------------------------------------------
+    Defect(
+        "short-stream",
+        "the short way of an append asks not on which stream the last write was",
+        "libvmm/src/append.c",
+        replaces("           tensor->last_stream == stream && ", "           "),
+        PY.format("test_streams.py"),
+    ),
+    Defect(
+        "short-readers",
+        "the short way of an append comes before readers that truncate() named",
+        "libvmm/src/append.c",
+        replaces("&& tensor->n_waits == 0 ", ""),
+        C.format("test_streams"),
+    ),
+    Defect(
+        "short-cursor",
+        "the short way of an append leaves the cursor behind",
+        "libvmm/src/append.c",
+        replaces(
+            "!tensor->is_ragged &&\n           !tensor->cursor;",
+            "!tensor->is_ragged;",
+        ),
+        C.format("test_cursor"),
+    ),
+    Defect(
+        "short-event",
+        "after the short way of an append, the event of the write before stands for it",
+        "libvmm/src/append.c",
+        replaces(
+            "        order_after_write(tensor, stream);\n        tensor_set_length(tensor, "
+            "tensor->length + n_rows);",
+            "        tensor_set_length(tensor, tensor->length + n_rows);",
+        ),
+        PY.format("test_streams.py"),
+    ),
+    Defect(
+        "short-capture",
+        "the short way of an append takes a stream that is captured for one that is not",
+        "libvmm/src/append.c",
+        replaces("    if (captured)\n        return false;", ""),
+        PY.format("test_captures.py"),
+    ),
 ]
