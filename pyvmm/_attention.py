@@ -5,6 +5,9 @@ sequence's keys are cut into chunks, a row to begin at and a number of rows for 
 by every step from the cache's own cursor. The chunks of a sequence are attended to apart and
 merged by their logsumexp; there is one where the kernel cuts the keys by itself.
 
+A package's kernel is used once it has attended to a little data of the same case and come to what
+plain torch does: packages change, and a model that reads its cache wrongly says nothing.
+
 A backend prepares what all layers of a step share, once, and gives for each layer `parts`,
 (batch, chunks, heads, dim), and `lse`, (batch, heads, chunks) in float32. Another backend is a
 class more here, named in `_BACKENDS` in the order of preference.
@@ -17,12 +20,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 
 _VARLEN = torch.ops.aten._flash_attention_forward.default
 _ROWS_IN_PAGE = 64
+_ROWS_TRIED = 256
+_ROUNDING = 0.03  # of float16 and bfloat16, over the largest result
 
 
 class Case(NamedTuple):
@@ -80,10 +86,11 @@ def merge(parts: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
 
 
 class Backend:
-    """`name` is what messages call it. `cuts_keys`: it spreads the keys of a sequence over the
-    GPU by itself."""
+    """`name` is what messages call it. `is_tried`: it is first looked at what it does, see above.
+    `cuts_keys`: it spreads the keys of a sequence over the GPU by itself."""
 
     name = ""
+    is_tried = False
 
     @staticmethod
     def fits(case: Case) -> bool:
@@ -126,6 +133,7 @@ class FlashAttn(Backend):
     """flash_attn_with_kvcache of the package flash-attn."""
 
     name = "flash-attn"
+    is_tried = True
 
     @staticmethod
     def fits(case: Case) -> bool:
@@ -165,6 +173,7 @@ class FlashInfer(Backend):
     pages that lie in a row."""
 
     name = "FlashInfer"
+    is_tried = True
 
     @staticmethod
     def fits(case: Case) -> bool:
@@ -346,8 +355,70 @@ _BACKENDS: tuple[type[Backend], ...] = (FlashAttn, FlashInfer, Varlen, Plain)
 
 
 def choose(case: Case) -> type[Backend]:
-    """The first backend that is installed and fits."""
-    return next(backend for backend in _BACKENDS if backend.fits(case))
+    """The first backend that is installed and fits, and is right where it is tried. Not to be
+    called while a stream is captured."""
+    like = _like(case)
+    is_right: Any = _is_right  # mypy takes a class for no key of a cache
+    return next(b for b in _BACKENDS if b.fits(case) and (not b.is_tried or is_right(b, like)))
+
+
+def _like(case: Case) -> Case:
+    """What stands for a case when a backend is tried: two sequences are as good as many."""
+    batch = min(case.batch, 2)
+    return case._replace(batch=batch, lane_rows=_ROWS_TRIED if case.lane_rows else 0)
+
+
+@functools.cache
+def _is_right(backend: type[Backend], case: Case) -> bool:
+    """Does the backend do what Plain does? Says so once where it does not."""
+    try:
+        with torch.inference_mode():
+            apart = _try(backend, case)
+    except Exception as error:
+        fault = f"fails with {type(error).__name__}: {error}"
+    else:
+        if apart <= _ROUNDING:
+            return True
+        fault = f"is {apart:.2g} of its largest result apart from attention in plain torch"
+    warnings.warn(
+        f"pyvmm: {backend.name} is installed and {fault}. Captured steps use another kernel; the "
+        "package's version may not fit torch's or this GPU",
+        stacklevel=2,
+    )
+    return False
+
+
+def _try(backend: type[Backend], case: Case) -> float:
+    """How far the backend is from Plain, of the largest result, over random data."""
+    source = torch.Generator(case.device).manual_seed(0)  # the program's own stays as it is
+
+    def random(*shape: int) -> torch.Tensor:
+        states = torch.randn(shape, generator=source, device=case.device, dtype=torch.float32)
+        return states.to(case.dtype)
+
+    shape = case.batch, case.kv_heads, _ROWS_TRIED, case.dim
+    batch, kv_heads, n_rows, dim = range(4)
+    order = {
+        "seq": (n_rows, batch, kv_heads, dim),
+        "lane": (batch, n_rows, kv_heads, dim),
+        "c": (batch, kv_heads, n_rows, dim),
+    }[case.layout]
+    back = [order.index(d) for d in range(4)]
+    keys, values = (random(*(shape[d] for d in order)).permute(back) for _ in "kv")
+    query = random(case.batch, case.heads, 1, case.dim)
+    cursor = torch.tensor([_ROWS_TRIED - 56, 76][: case.batch], device=case.device).int()
+    first = torch.tensor([7, 0][: case.batch], device=case.device).int() * case.is_cut
+    starts, lengths = plan(cursor, first, None, 1)
+    reads = Reads(starts, lengths, _ROWS_TRIED, keys, case.layout)
+    scale = case.dim**-0.5
+    theirs, right = (
+        merge(*kind.attend(query, keys, values, reads, kind.prepare(reads), scale)).float()
+        for kind in (backend, Plain)
+    )
+    if theirs.shape != right.shape:
+        raise ValueError(f"a result of shape {tuple(theirs.shape)} and not {tuple(right.shape)}")
+    apart = ((theirs - right).abs().max() / right.abs().max()).item()
+    return apart if apart == apart else float("inf")  # NaN
 
 
 def chunks_for(backend: type[Backend], case: Case, n_processors: int) -> int:

@@ -10,6 +10,7 @@ import gc
 import os
 import pickle
 import threading
+import warnings
 import weakref
 from contextlib import nullcontext as quiet
 
@@ -1128,6 +1129,7 @@ def test_backends_in_order(monkeypatch):
     installed = {"flash_attn", "flashinfer.decode"}
     monkeypatch.setattr(_attention, "_function", lambda module, name: module in installed or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_attention, "_is_right", lambda backend, case: True)
     assert _attention.choose(case()) is _attention.FlashAttn
     installed.remove("flash_attn")
     assert _attention.choose(case()) is _attention.FlashInfer
@@ -1140,6 +1142,98 @@ def test_backends_in_order(monkeypatch):
     assert _attention.choose(case(dtype=torch.float32)) is _attention.Plain
     assert _attention.choose(case(dim=320)) is _attention.Plain
     assert _attention.choose(case(device=torch.device("cpu"))) is _attention.Plain
+
+
+def flash_attn_by_definition(q, k, v, cache_seqlens, cache_leftpad, softmax_scale):
+    """flash_attn_with_kvcache() of one query for each sequence, as flash-attn documents it."""
+    repeats = q.shape[2] // k.shape[2]
+    out = torch.empty_like(q)
+    for i, (first, end) in enumerate(zip(cache_leftpad, cache_seqlens, strict=True)):
+        keys, values = (x[i, first:end].float().repeat_interleave(repeats, 1) for x in (k, v))
+        scores = torch.einsum("hd,shd->hs", q[i, 0].float(), keys) * softmax_scale
+        out[i, 0] = torch.einsum("hs,shd->hd", scores.softmax(-1), values).to(out.dtype)
+    return out
+
+
+def flashinfer_by_definition(
+    query, kv_cache, workspace_buffer, block_tables, seq_lens, max_seq_len, bmm1_scale, kv_layout
+):
+    """trtllm_batch_decode_with_kv_cache() as FlashInfer documents it."""
+    assert kv_layout == "NHD"
+    k, v = (pages[block_tables.long()].flatten(1, 2) for pages in kv_cache)
+    assert k.shape[1] >= max_seq_len >= max(seq_lens)
+    zero = torch.zeros_like(seq_lens)
+    return flash_attn_by_definition(query[:, None], k, v, seq_lens, zero, bmm1_scale)[:, 0]
+
+
+PACKAGES = {
+    _attention.FlashAttn: flash_attn_by_definition,
+    _attention.FlashInfer: flashinfer_by_definition,
+}
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """tried(backend, kernel, **changes): is a backend with that kernel right, on the CPU?"""
+    monkeypatch.setattr(_attention, "_workspace", lambda device: torch.zeros(1))
+
+    def is_right(backend, kernel, **changes):
+        monkeypatch.setattr(_attention, "_function", lambda module, name: kernel)
+        _attention._is_right.cache_clear()
+        on_cpu = case(device=torch.device("cpu"), heads=8, kv_heads=2, dim=16, **changes)
+        return _attention._is_right(backend, _attention._like(on_cpu))
+
+    yield is_right
+    _attention._is_right.cache_clear()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_the_packages_kernels_are_given(tried, batch):
+    for is_cut in (False, True):
+        for layout in ("seq", "lane"):
+            assert tried(
+                _attention.FlashAttn,
+                flash_attn_by_definition,
+                batch=batch,
+                layout=layout,
+                is_cut=is_cut,
+            )
+    assert tried(_attention.FlashInfer, flashinfer_by_definition, batch=batch)
+
+
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_a_package_that_is_wrong_is_not_used(tried, backend):
+    def wrong(*arguments, **named):
+        return PACKAGES[backend](*arguments, **named) * 1.1
+
+    def not_finite(*arguments, **named):
+        return PACKAGES[backend](*arguments, **named) * torch.nan
+
+    def of_another_shape(*arguments, **named):
+        return PACKAGES[backend](*arguments, **named)[..., :8]
+
+    def of_another_version(query, cache):
+        raise AssertionError
+
+    state = torch.get_rng_state()
+    for kernel, says in (
+        (wrong, r"0\.09\d* of its largest result apart"),
+        (not_finite, "inf of its largest result apart"),
+        (of_another_shape, "shape"),
+        (of_another_version, "TypeError"),
+    ):
+        with pytest.warns(UserWarning, match=f"{backend.name} is installed and .*{says}"):
+            assert not tried(backend, kernel)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_package_is_tried_once_and_said_to_be_wrong_once(tried):
+    with pytest.warns(UserWarning, match="flash-attn"):
+        assert not tried(_attention.FlashAttn, lambda *arguments, **named: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        like = case(device=torch.device("cpu"), heads=8, kv_heads=2, dim=16, batch=2)
+        assert not _attention._is_right(_attention.FlashAttn, _attention._like(like))
 
 
 def test_chunks_fill_the_gpu():
