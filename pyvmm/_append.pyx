@@ -12,11 +12,13 @@ from pyvmm._lanes cimport Lanes, close_lanes, read_lanes
 from pyvmm._libvmm cimport (
     VMM_OK,
     VMM_STREAM_LEGACY,
+    vmm_add_reader,
     vmm_append,
     vmm_append_lanes,
     vmm_append_many,
     vmm_array,
     vmm_device,
+    vmm_has_cursor,
     vmm_is_ragged,
     vmm_last_stream,
     vmm_length,
@@ -60,6 +62,7 @@ cdef int append_one(TensorCore tensor, object x, object stream) except -1:
     """VTensor.append()."""
     cdef Source source
     if stream is None and not tensor.on_host:
+        drop_what_was_read()  # first, for what goes may have a finaliser
         if has_table(x):
             read_source(x, &tensor.target, NULL, &source)
             if source.producer != NULL:
@@ -76,7 +79,6 @@ cdef int append_one(TensorCore tensor, object x, object stream) except -1:
 
 cdef int _append_in_order(TensorCore tensor, const Source *source) except -1:
     """Append what was read by its type's exchange table."""
-    drop_what_was_read()
     while not tensor.available("append"):
         pass
     tensor.take(PyThread_get_thread_ident())
@@ -85,16 +87,16 @@ cdef int _append_in_order(TensorCore tensor, const Source *source) except -1:
 
 cdef bint _append_rows_in_order(TensorCore tensor, TensorCore x) except -1:
     """Append the rows of another tensor, or return False where that may take longer. Here x is
-    not pinned but shut to other threads, as the tensor is: it must not map, which may call back
-    into a program that looks at x."""
+    not pinned but shut to other threads, as the tensor is. So it must not map, which may call back
+    into a program that looks at x, nor look where a graph has moved the cursor to, which waits for
+    the device."""
     cdef Source source
     cdef Py_ssize_t n_rows
     cdef unsigned long me
-    drop_what_was_read()
     if (
-        x is tensor
-        or x.handle == NULL
+        x.handle == NULL
         or tensor.handle == NULL
+        or vmm_has_cursor(tensor.handle)
         or x.owner_of_all[0] != 0
         or tensor.owner_of_all[0] != 0
         or x.owner_of_all == tensor.owner_of_all
@@ -114,6 +116,7 @@ cdef bint _append_rows_in_order(TensorCore tensor, TensorCore x) except -1:
     source.producer = vmm_last_stream(x.handle)
     if source.producer == NULL:
         source.producer = VMM_STREAM_LEGACY
+    check(vmm_add_reader(x.handle, source.producer))
     me = PyThread_get_thread_ident()
     x.take(me)
     tensor.take(me)
@@ -130,10 +133,9 @@ cdef int _append_and_leave(TensorCore tensor, const Source *source) except -1:
     with nogil:
         status = vmm_append(handle, &source.array, source.producer)
     tensor.leave()
-    check_after_callbacks(status)
-    if source.shape[tensor.target.axis] > 0 and tensor.handle != NULL:
+    if status == VMM_OK and source.shape[tensor.target.axis] > 0:
         keep_last_stream(tensor.handle, source.producer)
-    return 0
+    return check_after_callbacks(status)
 
 
 cdef int append_to_lanes(TensorCore tensor, object x, object stream, object lanes,
@@ -271,6 +273,9 @@ cdef int _append_all(Py_ssize_t n, _Append *appends, vmm_array *arrays, vmm_tens
                 foreign = True
         if foreign:
             _wait_for_producers(n, appends, chosen, lanes == NULL)
+        for i in range(n):
+            if appends[i].pin != NULL:
+                _owner(&appends[i]).add_reader(chosen)
         if _copy(n, appends, arrays, handles, chosen, n_rows, lanes):
             return 1
         if not first.on_host:
@@ -327,6 +332,12 @@ cdef void _close(_Append *append) noexcept:
         append.pin = NULL
 
 
+cdef TensorCore _owner(const _Append *append):
+    """The tensor whose rows are the source."""
+    x = <object>append.x
+    return <TensorCore>x if isinstance(x, TensorCore) else (<View>x).base_
+
+
 cdef bint _is_foreign(const Source *source, vmm_stream stream) noexcept:
     """Does the producer work on another stream?"""
     return source.producer != NULL and source.producer != stream
@@ -337,7 +348,6 @@ cdef int _wait_for_producers(Py_ssize_t n, _Append *appends, vmm_stream stream,
     """Order what the producers' streams have been given before the copy on `stream`."""
     cdef Pool pool = (<TensorCore>appends[0].tensor).pool_
     cdef vmm_device *device = pool.opened
-    cdef TensorCore owner
     cdef vmm_stream producer
     cdef vmm_status status
     cdef Py_ssize_t i
@@ -348,9 +358,7 @@ cdef int _wait_for_producers(Py_ssize_t n, _Append *appends, vmm_stream stream,
         if not _is_foreign(&appends[i].source, stream):
             continue
         if appends[i].pin != NULL:
-            x = <object>appends[i].x
-            owner = <TensorCore>x if isinstance(x, TensorCore) else (<View>x).base_
-            owner.handoff(stream)
+            _owner(&appends[i]).handoff(stream)
             continue
         with nogil:
             status = vmm_stream_wait(device, stream, producer)

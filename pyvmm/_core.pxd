@@ -60,6 +60,7 @@ cdef class TensorCore:
     cdef void mark_stale(self, Py_ssize_t n_rows) noexcept
     cdef vmm_pin *pin(self, Py_ssize_t n_rows) except NULL
     cdef int handoff(self, vmm_stream stream) except -1
+    cdef int add_reader(self, vmm_stream stream) except -1
 
 
 cdef object no_copies(str what, str instead)

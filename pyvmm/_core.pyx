@@ -15,6 +15,7 @@ from pyvmm._libvmm cimport (
     VMM_ERR_CLOSED,
     VMM_ERR_FORKED,
     VMM_STREAM_NONE,
+    vmm_add_reader,
     vmm_axis,
     vmm_base,
     vmm_capacity,
@@ -179,6 +180,18 @@ cdef class TensorCore:
         handle = self.enter("handoff")
         with nogil:
             status = vmm_handoff(handle, stream)
+        self.leave()
+        return check(status)
+
+    cdef int add_reader(self, vmm_stream stream) except -1:
+        """Make the next write wait for what a stream will have been given by then."""
+        cdef vmm_status status
+        cdef vmm_tensor *handle
+        if self.on_host:
+            return 0
+        handle = self.enter("append")
+        with nogil:
+            status = vmm_add_reader(handle, stream)
         self.leave()
         return check(status)
 

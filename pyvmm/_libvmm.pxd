@@ -173,6 +173,7 @@ cdef extern from "vmm.h" nogil:
 
     # ---- streams, hand-off
     vmm_status vmm_handoff(vmm_tensor *tensor, vmm_stream stream)
+    vmm_status vmm_add_reader(vmm_tensor *tensor, vmm_stream stream)
     vmm_stream vmm_last_stream(const vmm_tensor *tensor)
     vmm_status vmm_stream_wait(vmm_device *device, vmm_stream waiter, vmm_stream producer)
 

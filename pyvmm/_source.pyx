@@ -296,7 +296,8 @@ cdef _Table _find_table(type kind):
         table.gradients, table.has_gradients = "stop_gradient", False
     if table.gradients and kind.__getattribute__ is object.__getattribute__:
         descriptor = getattr(kind, table.gradients)
-        if type(descriptor) is GetSetDescriptorType:
+        # What was taken from another type would be given an object that is none of its own.
+        if type(descriptor) is GetSetDescriptorType and issubclass(kind, descriptor.__objclass__):
             table.computed = (<PyGetSetDescrObject *>descriptor).d_getset
     return table
 
@@ -304,7 +305,7 @@ cdef _Table _find_table(type kind):
 cdef bint _has_gradients(object x, _Table table) except -1:
     if not table.gradients:
         return False
-    if table.computed != NULL:
+    if table.computed != NULL and table.computed.get != NULL:
         answer = table.computed.get(x, table.computed.closure)
     else:
         answer = getattr(x, table.gradients)

@@ -203,7 +203,7 @@ def map_many(tensors, n):
     VTensor.map() in one call.
 
     tensors: VTensors of one device, each at most once
-    n:       how many rows: one number, or one for each of them
+    n:       how many rows: one number, or a list or tuple of one for each of them
 
     Where memory is short, what fits for all together is had; mapped one after the other, the
     first could take what the last needs.
@@ -216,7 +216,7 @@ def map_many(tensors, n):
     for tensor in targets:
         if not isinstance(tensor, TensorCore):
             raise TypeError(f"map_many takes VTensors, not {type(tensor).__name__}")
-    cdef tuple given = tuple(n) if hasattr(n, "__len__") else (n,) * n_tensors
+    cdef tuple given = tuple(n) if isinstance(n, (list, tuple)) else (n,) * n_tensors
     if len(given) != n_tensors:
         raise ValueError(f"{n_tensors} tensors and {len(given)} numbers of rows")
     # One more than there are: never nothing.

@@ -567,6 +567,14 @@ VMM_API vmm_status vmm_fork(vmm_tensor *tensor, size_t n_rows, vmm_tensor **out)
  * VMM_ERR_DRIVER, VMM_ERR_FORKED. */
 VMM_API vmm_status vmm_handoff(vmm_tensor *tensor, vmm_stream stream);
 
+/* vmm_add_reader() - make the next write to the tensor wait for what has been submitted to
+ * `stream` by then, such as a kernel that reads rows which are truncated away and written anew.
+ * It may be called before that is submitted; the stream must be valid until the write.
+ * VMM_STREAM_NONE is ignored.
+ * Returns VMM_ERR_INVALID (a stream of another device), VMM_ERR_DRIVER, VMM_ERR_OUT_OF_MEMORY (of
+ * the host), VMM_ERR_FORKED. No driver call for a stream that the tensor knows. */
+VMM_API vmm_status vmm_add_reader(vmm_tensor *tensor, vmm_stream stream);
+
 /* The stream of the last write, NULL where there was none or on the host. */
 VMM_API vmm_stream vmm_last_stream(const vmm_tensor *tensor);
 

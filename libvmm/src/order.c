@@ -151,6 +151,17 @@ vmm_status vmm_handoff(vmm_tensor *tensor, vmm_stream stream) {
     return status ? status : order_before_write(tensor, stream);
 }
 
+vmm_status vmm_add_reader(vmm_tensor *tensor, vmm_stream stream) {
+    if (!tensor)
+        return vmm_fail(VMM_ERR_INVALID, "add_reader", "tensor is NULL");
+    if (tensor->process != vmm_process)
+        return vmm_fail(VMM_ERR_FORKED, "add_reader", "the tensor belongs to the parent process");
+    if (!ops_of(tensor)->is_async || stream == VMM_STREAM_NONE)
+        return VMM_OK;
+    vmm_status status = order_check_stream(tensor, &stream, "add_reader");
+    return status ? status : order_add_wait(tensor, stream);
+}
+
 /* ---- streams and events without a tensor ----------------------------------------- */
 
 static vmm_status check_device(const vmm_device *device, const char *operation) {

@@ -138,11 +138,23 @@ static void test_events(const fixture *f) {
     CHECK_CALLS(m.tensor, &before, 1, 1, 1);
     append_row(&m, &r, i++, s2);
     CHECK_CALLS(m.tensor, &before, 2, 1, 1);
+
     before = count_calls(m.tensor); /* its own stream needs no wait */
     CHECK_OK(vmm_truncate(m.tensor, 15, s2));
     m.length = 15;
     append_row(&m, &r, i++, s2);
     CHECK_CALLS(m.tensor, &before, 1, 0, 0);
+
+    before = count_calls(m.tensor); /* so does a reader, of rows that all stay */
+    CHECK_OK(vmm_add_reader(m.tensor, s3));
+    CHECK_OK(vmm_add_reader(m.tensor, VMM_STREAM_NONE));
+    append_row(&m, &r, i++, s2);
+    CHECK_CALLS(m.tensor, &before, 1, 1, 1);
+    CHECK_OK(vmm_handoff(m.tensor, s1));
+    CHECK_OK(vmm_add_reader(m.tensor, s2)); /* behind the event that s1 waits for */
+    append_row(&m, &r, i++, s1);
+    CHECK_CALLS(m.tensor, &before, 2, 3, 3);
+    CHECK_STATUS(vmm_add_reader(NULL, s1), VMM_ERR_INVALID);
 
     model_check(&m);
     CHECK_STATUS(vmm_append(m.tensor, &(vmm_array){0}, s1), VMM_ERR_DTYPE);

@@ -3,8 +3,11 @@
 
 void do_handoff(void) {
     shadow *s = any_tensor();
-    if (s)
-        TRY(BIT(VMM_OK), vmm_handoff(s->tensor, any_stream()));
+    if (!s)
+        return;
+    vmm_stream stream = any_stream(); /* it reads what it was made to wait for */
+    TRY(BIT(VMM_OK), vmm_handoff(s->tensor, stream));
+    TRY(BIT(VMM_OK), vmm_add_reader(s->tensor, stream));
 }
 
 void do_stream_wait(void) {

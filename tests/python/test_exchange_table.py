@@ -1,8 +1,12 @@
 """Sources that are read by the exchange table of their type (DLPack 1.3), as torch's tensors, and
 rows of other tensors: the short ways of an append. On a GPU or the simulated driver."""
 
-import contextlib
+import gc
+import sys
 import threading
+import time
+import types
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ import pyvmm
 from cuda_helper import DLPACK_TYPE, DeviceArray, Gate, TableArray
 from dlpack_struct import Tabled
 from model import pattern, same
-from support import calls, calls_since, to_numpy
+from support import calls, calls_since, run_python, to_numpy
 
 
 def rows(n, seed=0):
@@ -95,6 +99,19 @@ def test_gradients_would_be_lost(tensor, arrays):
         tensor.append(x)
         assert same(to_numpy(tensor), rows(5))
         tensor.truncate(0)
+
+
+def test_a_flag_of_another_type_is_refused(tensor, arrays):
+    """Its function would take the object for one of its own."""
+
+    class Odd(TableArray):
+        requires_grad = types.FunctionType.__code__  # a function's, by C
+
+        def is_neg(self):
+            return False
+
+    with pytest.raises(TypeError, match="descriptor"):
+        tensor.append(arrays(Odd, rows(5)))
 
 
 def test_what_is_negated_only_when_it_is_read_is_refused(tensor, arrays):
@@ -193,8 +210,10 @@ def test_two_tensors_are_appended_to_each_other_by_two_threads(tensor, source):
             for _ in range(60):
                 target.append(other)
                 while target.length > 3:
-                    with contextlib.suppress(BufferError):  # the other thread is reading the rows
+                    try:
                         target.truncate(3)
+                    except BufferError:  # the other thread is reading the rows
+                        time.sleep(1e-4)
         except BaseException as error:
             errors.append(error)
 
@@ -208,3 +227,152 @@ def test_two_tensors_are_appended_to_each_other_by_two_threads(tensor, source):
         thread.join(60)
     assert not errors and not any(thread.is_alive() for thread in threads)
     assert same(to_numpy(tensor)[:3], rows(5)[:3]) and same(to_numpy(source)[:3], rows(5)[:3])
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+@pytest.mark.parametrize("reader", ["own", "other"])
+def test_rows_are_not_written_over_before_they_have_been_read(
+    tensor, source, streams, arrays, is_mapped, reader
+):
+    """Whatever is known of the source's last write: its next one comes after the reading."""
+    one, two = arrays(TableArray, rows(5, 1)), arrays(TableArray, rows(5, 2))
+    late = arrays(DeviceArray, rows(5, 3))
+    if is_mapped:
+        tensor.map(1000)
+    source.truncate(0)
+    with Gate(streams[0]) as gate:
+        one.copy_from(late, streams[0])
+        source.append(one, stream=int(streams[0]))
+        source.__dlpack__(stream=int(streams[1]))  # an event stands behind the write
+        if reader == "own":
+            tensor.append(source)
+        else:
+            tensor.append(source, stream=int(streams[2]))
+        source.truncate(0)
+        source.append(two, stream=int(streams[1]))
+        gate.open()
+        assert same(to_numpy(tensor), rows(5, 3)) and same(to_numpy(source), rows(5, 2))
+
+
+def test_a_source_is_open_to_other_threads_while_the_device_is_waited_for(simulator):
+    """Where a graph appends to the target, append looks how far it has gone: behind work that here
+    another thread lets go on, which uses the source."""
+    run_python("""
+        import signal, threading, time
+        import numpy as np
+        import pyvmm
+        import cuda_helper
+        from cuda_helper import Capture, InterfaceArray, Stream
+        signal.alarm(30)
+        sim, stream, other = cuda_helper.load(), Stream(), Stream()
+        t, source = (
+            pyvmm.empty((0, 4), "float32", axis=0, capacity=100, device="cuda:0") for _ in "ab"
+        )
+        x = InterfaceArray(np.ones((1, 4), "float32"), stream)
+        source.append(x)
+        with Capture(stream) as graph:
+            t.append(x)
+        t.map(10)
+        graph.launch(stream)
+        t.advance(1)
+        sim.vmm_sim_hold()
+
+        def let_go(calls):
+            while sim.vmm_sim_calls(b"*") == calls:
+                time.sleep(0.001)
+            source.__dlpack__(stream=int(other))
+            sim.vmm_sim_go()
+
+        thread = threading.Thread(target=let_go, args=(sim.vmm_sim_calls(b"*"),))
+        thread.start()
+        t.append(source)
+        thread.join()
+        assert t.length == 2
+        graph.close()
+    """)
+
+
+# ---- callbacks ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_pool(make_pool):
+    """A pool of which a tensor, `hog`, has all: another one grows once that has been closed."""
+    pool = make_pool(max_bytes="4MiB")
+    hog = pyvmm.empty(
+        (0, 2**20), "uint8", axis=0, capacity=4, device=pool.device, pool=pool, block_size="2MiB"
+    )
+    hog.map(4)
+    yield pool, hog
+    hog.close()
+
+
+WAYS = {
+    "append": lambda t, x, source: t.append(x),
+    "append_many": lambda t, x, source: pyvmm.append_many([t], [x]),
+    "rows": lambda t, x, source: t.append(source),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_callback_gives_the_tensor_up(
+    cuda, short_pool, source, streams, arrays, way, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "cupy", cupy_of(int(streams[0])))
+    monkeypatch.setattr(Tabled, "current_stream", int(streams[0]))
+    pool, hog = short_pool
+    x = arrays(TableArray, rows(5))
+    source.truncate(0)
+    source.append(x)
+    t = pyvmm.empty((0, 4), "float32", axis=0, capacity=1000, device=cuda, pool=pool)
+
+    def give_up(n_bytes):
+        t.__exit__(None, None, None)
+        hog.close()
+        return True
+
+    pool.on_oom(give_up)
+    WAYS[way](t, x, source)
+    assert t.closed
+
+
+def cupy_of(stream):
+    """As much of CuPy as is asked for its current stream."""
+
+    class CurrentStream:
+        ptr = stream
+
+    cupy = types.ModuleType("cupy")
+    cupy.cuda = types.SimpleNamespace(get_current_stream=CurrentStream)
+    return cupy
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_stream_is_kept_where_a_callback_was_interrupted(
+    cuda, short_pool, source, streams, arrays, way, monkeypatch
+):
+    """The rows have been appended all the same, on a stream that the next write waits for."""
+    cupy = cupy_of(int(streams[0]))
+    current = [cupy.cuda.get_current_stream()]
+    is_alive = weakref.ref(current[0])
+    cupy.cuda.get_current_stream = lambda: current[0]
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(Tabled, "current_stream", int(streams[0]))
+    pool, hog = short_pool
+    x = arrays(TableArray, rows(5))
+    source.truncate(0)
+    source.append(x, stream=int(streams[0]))  # whose own is not kept
+    t = pyvmm.empty((0, 4), "float32", axis=0, capacity=1000, device=cuda, pool=pool)
+
+    def interrupted(n_bytes):
+        hog.close()
+        raise KeyboardInterrupt
+
+    pool.on_oom(interrupted)
+    pool.on_oom(lambda n_bytes: True)
+    with pytest.raises(KeyboardInterrupt):
+        WAYS[way](t, x, source)
+    current.clear()
+    gc.collect()
+    assert t.length == 5 and is_alive() is not None
+    t.close()
