@@ -74,8 +74,8 @@ cdef Py_ssize_t _look_from = 64  # as many, before it is looked whose tensors ar
 
 
 cdef int keep_last_stream(vmm_tensor *handle, vmm_stream stream) except -1:
-    """`handle` has been written on `stream`, which its framework named and not the caller. NULL is a
-    tensor that has gone meanwhile."""
+    """`handle` has been written on `stream`, which its framework named and not the caller. NULL is
+    a tensor that has gone meanwhile."""
     cdef size_t base
     if handle == NULL or stream == VMM_STREAM_LEGACY or stream == VMM_STREAM_PER_THREAD:
         return 0
