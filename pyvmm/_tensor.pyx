@@ -3,6 +3,8 @@
 
 from operator import index
 
+import numpy
+
 cimport cython
 from cpython.buffer cimport Py_buffer
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
@@ -203,7 +205,7 @@ def map_many(tensors, n):
     VTensor.map() in one call.
 
     tensors: VTensors of one device, each at most once
-    n:       how many rows: one number, or a list or tuple of one for each of them
+    n:       how many rows: one number, or a list, tuple or array of one for each of them
 
     Where memory is short, what fits for all together is had; mapped one after the other, the
     first could take what the last needs.
@@ -216,7 +218,7 @@ def map_many(tensors, n):
     for tensor in targets:
         if not isinstance(tensor, TensorCore):
             raise TypeError(f"map_many takes VTensors, not {type(tensor).__name__}")
-    cdef tuple given = tuple(n) if isinstance(n, (list, tuple)) else (n,) * n_tensors
+    cdef tuple given = (n,) * n_tensors if numpy.ndim(n) == 0 else tuple(n)
     if len(given) != n_tensors:
         raise ValueError(f"{n_tensors} tensors and {len(given)} numbers of rows")
     # One more than there are: never nothing.

@@ -1079,8 +1079,8 @@ def test_flash_attention_against_plain(cuda, dim, layout, kv_heads, window, n_ch
 @pytest.mark.parametrize("masked", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("kind", [*MODELS, "llama-mha"])
 def test_logits_in_bfloat16(cuda, kind, masked):
-    """What users run: flash attention under capture, against DynamicCache within what bfloat16
-    gives, through growths of every tensor."""
+    """What users run: flash attention under capture, through growths of every tensor, no further
+    from the same weights in float32 than DynamicCache is in bfloat16."""
     config = models.config_of(kind.removesuffix("-mha"))
     config.hidden_size, config.head_dim = 256, 64
     config.max_position_embeddings = 4096
@@ -1099,8 +1099,10 @@ def test_logits_in_bfloat16(cuda, kind, masked):
     assert not block.reasons
     full = [layer for layer in cache.layers if layer.window is None]
     assert all(layer.key_tensor.stats()["block_count"] > 1 for layer in full)
-    size = theirs.abs().max().item()
-    assert (ours - theirs).abs().max().item() < 3e-2 * size
+    true, _ = forced_logits(model.float(), ids, mask, 40)
+    apart, allowed = (ours - true).abs(), (theirs - true).abs()
+    assert apart.max().item() < 1.5 * allowed.max().item()
+    assert apart.square().mean().sqrt().item() < 1.2 * allowed.square().mean().sqrt().item()
 
 
 def test_an_empty_chunk_says_inf_in_flash_attention():

@@ -85,9 +85,9 @@ def test_rows_past_the_length_are_finite(place):
             assert torch.isfinite(whole[:, :, : (i + 256) // 256 * 256 + 256]).all()
 
 
-def lanes_of(place, n_lanes=3, capacity=4096):
+def lanes_of(place, n_lanes=3, capacity=4096, dim=8):
     device = "host" if place == "cpu" else "cuda:0"
-    t = pyvmm.empty((n_lanes, 0, 8), axis=1, capacity=capacity, device=device, layout="lane")
+    t = pyvmm.empty((n_lanes, 0, dim), axis=1, capacity=capacity, device=device, layout="lane")
     return t, torch.from_dlpack(t.reserved())
 
 
@@ -125,15 +125,17 @@ def test_rows_behind_shorter_lanes_are_finite(place):
 
 
 def test_rows_that_another_appended_to_a_longer_lane_are_cleared_in_the_others(place):
-    t, whole = lanes_of(place, n_lanes=2)
+    t, whole = lanes_of(place, n_lanes=2, dim=1024)  # so large that a block holds few
     step = pyvmm.torch._capture(lambda x: t.append(x) or x, t, graphs_of(place))
-    step(torch.ones(2, 1, 8, device=place))
+    new = torch.ones(2, 1, 1024, device=place)
+    step(new)
     before = t.mapped
-    t.append(torch.ones(2, 1500, 8, device=place), counts=[1500, 0])
+    assert before < 1500
+    t.append(torch.ones(2, 1500, 1024, device=place), counts=[1500, 0])
     whole[1, before : t.mapped] = torch.nan  # what new memory may hold
     whole[0, 1501 : t.mapped] = torch.nan
     for _ in range(before):
-        step(torch.ones(2, 1, 8, device=place))
+        step(new)
         assert_finite_behind(t)
 
 
