@@ -510,6 +510,8 @@ vmm_status vmm_append(vmm_tensor *tensor, const vmm_array *source, vmm_stream st
     if (!source)
         return vmm_fail(VMM_ERR_INVALID, operation, "source is NULL");
     vmm_status status;
+    if (!stream)
+        stream = VMM_STREAM_LEGACY;
     if (is_one_launch(tensor, source, stream) &&
         append_by_one_launch(tensor, source, stream, &status))
         return status;
