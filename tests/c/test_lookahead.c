@@ -142,17 +142,21 @@ static void test_idle(const fixture *f) {
     CHECK_OK(vmm_pool_close(own.pool));
 }
 
+static vmm_spec spec_of_lanes(const int64_t *lanes_shape) {
+    return (vmm_spec){.ndim = 3,
+                      .shape = lanes_shape,
+                      .axis = 1,
+                      .dtype = VMM_UINT8,
+                      .layout = VMM_LAYOUT_LANE,
+                      .capacity = 16 * rows,
+                      .block_bytes = granule};
+}
+
 /* Every lane has its blocks, and none more than its share. */
 static void test_lanes(const fixture *f) {
     static const int64_t lanes_shape[] = {4, 0, 1024};
     fixture own = with_lookahead(f, 0, 4 * granule);
-    vmm_spec spec = {.ndim = 3,
-                     .shape = lanes_shape,
-                     .axis = 1,
-                     .dtype = VMM_UINT8,
-                     .layout = VMM_LAYOUT_LANE,
-                     .capacity = 16 * rows,
-                     .block_bytes = granule};
+    vmm_spec spec = spec_of_lanes(lanes_shape);
     model m = model_open(&own, &spec);
 
     model_append(&m, VMM_UINT8, rows, VMM_MEMORY_HOST, NULL);
@@ -175,13 +179,7 @@ static uint64_t map_calls(vmm_pool *pool) {
  * thread, comes behind all that it had noted before. */
 static void test_closed_meanwhile(const fixture *f) {
     int64_t lanes_shape[] = {AHEAD_BLOCKS, 0, 1024};
-    vmm_spec spec = {.ndim = 3,
-                     .shape = lanes_shape,
-                     .axis = 1,
-                     .dtype = VMM_UINT8,
-                     .layout = VMM_LAYOUT_LANE,
-                     .capacity = 16 * rows,
-                     .block_bytes = granule};
+    vmm_spec spec = spec_of_lanes(lanes_shape);
 
     for (int i = 0; i < 8; i++) {
         fixture own = with_lookahead(f, 0, 2 * AHEAD_BLOCKS * granule);
